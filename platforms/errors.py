@@ -1,0 +1,41 @@
+"""Errors of the platform layer.
+
+PlatformError
+├── RuntimeMissingError    the runtime's package is not installed; names the extra
+├── ModelLoadError         the runtime refused the model file
+├── NoArtifactError        no artifact of a model version can run on this box
+└── TensorError            tensors given to a model do not fit it
+"""
+
+from typing import ClassVar
+
+
+class PlatformError(Exception):
+    """Anything the platform layer reports to its callers."""
+
+    code: ClassVar[str] = "platform_error"
+    retryable: ClassVar[bool] = False
+
+
+class RuntimeMissingError(PlatformError):
+    """The package of an inference runtime is not installed, or does not run on this box."""
+
+    code = "runtime_missing"
+
+
+class ModelLoadError(PlatformError):
+    """A runtime refused to load a model file."""
+
+    code = "model_load_failed"
+
+
+class NoArtifactError(PlatformError):
+    """No artifact of a model version can run on this box."""
+
+    code = "no_compatible_artifact"
+
+
+class TensorError(PlatformError):
+    """An input tensor has the wrong name, shape, dtype or content for the model."""
+
+    code = "bad_tensor"

@@ -1,0 +1,222 @@
+"""The interface every inference runtime is used through.
+
+Owns the checks that must be the same whatever runs the model: a runtime is
+asked only for files that exist, and a session only ever sees tensors of the
+names, element types and shapes its model declares, finite and not empty
+(onnxruntime itself accepts NaN and a batch of 0). Knows no runtime by name.
+
+Invariants: `Session.run` may be called from many threads at once, and raises
+nothing but `PlatformError`s for anything that is wrong with its inputs.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
+from platforms.errors import ModelLoadError, PlatformError, RuntimeMissingError, TensorError
+
+Array = NDArray[Any]
+
+PROOF_FOLDER = Path(__file__).parent / "data"
+PROOF_ANSWER_FILE = PROOF_FOLDER / "proof.json"
+
+DTYPES: Mapping[Datatype, np.dtype[Any]] = MappingProxyType(
+    {
+        Datatype.BOOL: np.dtype(np.bool_),
+        Datatype.UINT8: np.dtype(np.uint8),
+        Datatype.UINT16: np.dtype(np.uint16),
+        Datatype.UINT32: np.dtype(np.uint32),
+        Datatype.UINT64: np.dtype(np.uint64),
+        Datatype.INT8: np.dtype(np.int8),
+        Datatype.INT16: np.dtype(np.int16),
+        Datatype.INT32: np.dtype(np.int32),
+        Datatype.INT64: np.dtype(np.int64),
+        Datatype.FP16: np.dtype(np.float16),
+        Datatype.FP32: np.dtype(np.float32),
+        Datatype.FP64: np.dtype(np.float64),
+        Datatype.BYTES: np.dtype(np.object_),
+    }
+)
+"""NumPy's element type of each datatype, native byte order; BYTES are `str` objects. No BF16."""
+
+DATATYPES: Mapping[np.dtype[Any], Datatype] = MappingProxyType(
+    {dtype: datatype for datatype, dtype in DTYPES.items()}
+)
+
+
+class InferenceError(PlatformError):
+    """The runtime failed while it ran a model on inputs that fit it."""
+
+    code = "inference_failed"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a session is to run."""
+
+    threads: int
+    """Threads inside one operator, 1 or more."""
+    spinning: bool = False
+    """Busy-wait between operators: 74–80 % CPU at 20 requests/s, for bulk work only."""
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    """Execution providers in order of preference, by the runtime's own names."""
+
+    def __post_init__(self) -> None:
+        """Refuse a thread count that a runtime would take for "as many as you like"."""
+        if self.threads < 1:
+            msg = f"a session needs 1 thread or more, not {self.threads}"
+            raise ValueError(msg)
+
+
+class Session(ABC):
+    """One model file, loaded; safe to share between threads."""
+
+    def __init__(
+        self,
+        runtime: str,
+        provider: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        """Keep what the runtime reports about the model it loaded."""
+        self.runtime = runtime
+        self.provider = provider
+        """The execution provider that really runs the model, whatever was asked for."""
+        self.inputs = inputs
+        self.outputs = outputs
+        self._expected = {spec.name: (spec, DTYPES[spec.datatype]) for spec in inputs}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model once, on every input it declares.
+
+        Each array has its `TensorSpec`'s rank, fixed axes and element type in native
+        byte order; axis 0 is the batch where the model leaves it free. Blocks for the
+        length of one inference. Thread-safe.
+
+        Raises:
+            TensorError: a name is missing or unknown, a dtype or shape differs, an axis
+                is empty, or a float is NaN or infinite.
+            InferenceError: the runtime failed, or the session is closed.
+        """
+        if inputs.keys() != self._expected.keys():
+            msg = f"the model takes {sorted(self._expected)}, not {sorted(inputs)}"
+            raise TensorError(msg)
+        for name, (spec, dtype) in self._expected.items():
+            _check_tensor(spec, dtype, inputs[name])
+        return self._run(inputs)
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on inputs already checked; wrap the library's own errors."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model; a later `run` is refused. Harmless when repeated."""
+
+
+def _check_tensor(spec: TensorSpec, dtype: np.dtype[Any], value: object) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype:
+        found = getattr(value, "dtype", type(value).__name__)
+        msg = f"{spec.name}: the model takes {spec.datatype} ({dtype}), not {found}"
+        raise TensorError(msg)
+    if not is_shape_allowed(spec.shape, value.shape):
+        msg = f"{spec.name}: the model takes shape {list(spec.shape)}, not {list(value.shape)}"
+        raise TensorError(msg)
+    if not value.size:
+        msg = f"{spec.name}: an empty tensor of shape {list(value.shape)} holds nothing to run on"
+        raise TensorError(msg)
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        msg = f"{spec.name}: holds NaN or an infinite number"
+        raise TensorError(msg)
+
+
+def is_shape_allowed(declared: tuple[int, ...], actual: tuple[int, ...]) -> bool:
+    """Say whether a tensor of the actual shape fits the declared one, where −1 is free."""
+    return len(declared) == len(actual) and all(
+        want in (-1, have) for want, have in zip(declared, actual, strict=True)
+    )
+
+
+class Runtime(ABC):
+    """An inference library that reads some model formats."""
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    """What to install: `pip install 'edgeward[<extra>]'`."""
+    formats: ClassVar[frozenset[ArtifactFormat]]
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return the library's version.
+
+        Raises:
+            RuntimeMissingError: the library is not installed or cannot be imported.
+        """
+
+    @abstractmethod
+    def providers(self) -> tuple[str, ...]:
+        """Return the execution providers the library offers here, best first.
+
+        Raises:
+            RuntimeMissingError: the library is not installed or cannot be imported.
+        """
+
+    def load(self, path: Path, options: LoadOptions) -> Session:
+        """Open a model file; blocks while the runtime reads and prepares it.
+
+        Raises:
+            RuntimeMissingError: the library is not installed or cannot be imported.
+            ModelLoadError: the file is missing, or the runtime refuses it.
+        """
+        if not path.exists():
+            msg = f"there is no model file {path}"
+            raise ModelLoadError(msg)
+        return self._load(path, options)
+
+    @abstractmethod
+    def _load(self, path: Path, options: LoadOptions) -> Session:
+        """Open a file that exists; wrap the library's own errors in `ModelLoadError`."""
+
+    def get_proof_model(self) -> Path:
+        """Return a tiny model file that answers as `data/proof.json` says.
+
+        Every proof model computes the same function, so one answer serves all formats.
+
+        Raises:
+            ModelLoadError: no proof model is shipped for this runtime's formats.
+        """
+        for model_format in sorted(self.formats):
+            path = PROOF_FOLDER / f"proof.{model_format.value}"
+            if path.exists():
+                return path
+        msg = f"no proof model for {', '.join(sorted(self.formats))}: override get_proof_model"
+        raise ModelLoadError(msg)
+
+    def import_library(self, module: str) -> ModuleType:
+        """Import the runtime's library.
+
+        Raises:
+            RuntimeMissingError: it is not installed, or is but cannot be imported here.
+        """
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as exc:
+            msg = (
+                f"runtime {self.name} needs {exc.name}, which is not installed: "
+                f"pip install 'edgeward[{self.extra}]'"
+            )
+            raise RuntimeMissingError(msg) from exc
+        except ImportError as exc:
+            msg = (
+                f"runtime {self.name}: {module} is installed but cannot be imported ({exc}); "
+                f"reinstall it with pip install --force-reinstall 'edgeward[{self.extra}]'"
+            )
+            raise RuntimeMissingError(msg) from exc
