@@ -1,0 +1,218 @@
+"""The wire schema, version 1: envelopes and the bodies of commands.
+
+Owns what a payload must look like and turns bytes into checked objects, or an
+error with a stable code. Pure: no broker, no store. Unknown fields are ignored
+and kept (a job's body is stored as it came); numbers that JSON cannot carry
+(NaN, 1e999), lone surrogates and deep nesting are malformed.
+
+Source: docs/protocol.md, "Envelope" and "Jobs".
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json, to_json
+from ulid import ULID
+
+from agent.clock import parse_at
+from agent.errors import (
+    InvalidBodyError,
+    MalformedError,
+    PayloadTooLargeError,
+    UnknownHandlerError,
+    UnsupportedTypeError,
+    UnsupportedVersionError,
+)
+from agent.jobs import Lane
+from agent.manifest import NAME_PATTERN
+
+VERSION = 1
+_STRICT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+SUBMIT = "job.submit"
+CANCEL = "job.cancel"
+
+# Handlers a job may name, with the lane each runs in unless the job says another.
+HANDLERS: dict[str, Lane] = {"infer": Lane.INFERENCE, "infer.batch": Lane.BATCH}
+
+
+def new_id() -> str:
+    """Return a new ULID: 26 characters that sort by time of making."""
+    return str(ULID())
+
+
+class _Wire(BaseModel):
+    # Unknown fields are for later versions; what is known is taken literally.
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Envelope(_Wire):
+    """What every message carries around its body."""
+
+    v: int
+    id: str = Field(min_length=1, max_length=64)
+    type: str = Field(min_length=1, max_length=64)
+    ts: str | None = None
+    not_before: str | None = None
+    not_after: str | None = None
+    corr: str | None = None
+    body: dict[str, Any] = Field(default_factory=dict)
+
+
+class TensorData(_Wire):
+    """One tensor, in the Open Inference Protocol's JSON form."""
+
+    name: str = Field(min_length=1)
+    datatype: str
+    shape: list[int]
+    data: list[Any]
+
+
+class JobInput(_Wire):
+    """A job's input: exactly one of tensors, inline bytes, or a file on the box."""
+
+    tensors: list[TensorData] | None = None
+    data_b64: str | None = None
+    file: str | None = Field(default=None, min_length=1, max_length=4096)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int | None = Field(default=None, ge=0)
+
+    def given(self) -> int:
+        """Return how many of the forms are present."""
+        return sum(form is not None for form in (self.tensors, self.data_b64, self.file))
+
+
+def _check_time(text: str | None) -> None:
+    if text is not None:
+        parse_at(text)
+
+
+class SubmitBody(_Wire):
+    """The body of `job.submit`."""
+
+    handler: str
+    job_id: str | None = None
+    model: str = Field(pattern=NAME_PATTERN)
+    version: str | None = Field(default=None, pattern=NAME_PATTERN)
+    input: JobInput
+    params: dict[str, Any] = Field(default_factory=dict)
+    lane: Lane | None = None
+    priority: int = Field(default=5, ge=0, le=9)
+    queue_ttl_s: float | None = Field(default=None, gt=0, le=10**9)
+    run_timeout_s: float | None = Field(default=None, gt=0, le=10**6)
+    max_attempts: int | None = Field(default=None, ge=1, le=100)
+    on_interrupt: Literal["retry", "fail"] = "retry"
+
+
+def decode_envelope(payload: bytes, max_bytes: int) -> Envelope:
+    """Return the envelope in `payload`.
+
+    Raises:
+        PayloadTooLargeError: it has more than `max_bytes`.
+        MalformedError: it is no JSON object of the envelope's form.
+        UnsupportedVersionError: its `v` is another than ours.
+    """
+    if len(payload) > max_bytes:
+        msg = f"the payload has {len(payload)} bytes; at most {max_bytes} travel inline"
+        raise PayloadTooLargeError(msg)
+    try:
+        document = from_json(payload, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as exc:
+        msg = f"not JSON: {exc}"
+        raise MalformedError(msg) from exc
+    version = document.get("v", VERSION) if isinstance(document, dict) else VERSION
+    if type(version) is not int or version != VERSION:
+        msg = f"envelope version {version!r} is not spoken here; this device speaks {VERSION}"
+        raise UnsupportedVersionError(msg)
+    try:
+        envelope = Envelope.model_validate(document)
+        _check_time(envelope.not_before)
+        _check_time(envelope.not_after)
+    except ValidationError as exc:
+        raise MalformedError(f"envelope: {describe(exc)}") from exc
+    except (ValueError, OverflowError) as exc:
+        msg = f"envelope: not_before or not_after is no RFC 3339 time: {exc}"
+        raise MalformedError(msg) from exc
+    return envelope
+
+
+def check_type(envelope: Envelope, expected: str) -> None:
+    """Refuse an envelope of another type than its topic is for.
+
+    Raises:
+        UnsupportedTypeError: the type differs.
+    """
+    if envelope.type != expected:
+        msg = f"type {envelope.type!r} is not known on this topic; {expected!r} is"
+        raise UnsupportedTypeError(msg)
+
+
+def parse_submit(envelope: Envelope, job_id: str) -> SubmitBody:
+    """Return the checked body of a job.
+
+    Raises:
+        UnsupportedTypeError: the envelope is no `job.submit`.
+        UnknownHandlerError: no handler has that name.
+        InvalidBodyError: the body does not fit the schema, or names another job than the topic.
+    """
+    check_type(envelope, SUBMIT)
+    handler = envelope.body.get("handler")
+    if isinstance(handler, str) and handler not in HANDLERS:
+        msg = f"no handler {handler!r}; there are: {', '.join(sorted(HANDLERS))}"
+        raise UnknownHandlerError(msg)
+    try:
+        body = SubmitBody.model_validate(envelope.body)
+    except ValidationError as exc:
+        raise InvalidBodyError(f"body: {describe(exc)}") from exc
+    if body.job_id is not None and body.job_id != job_id:
+        msg = f"the body names job {body.job_id}, the topic {job_id}"
+        raise InvalidBodyError(msg)
+    if body.input.given() != 1:
+        msg = "body: input: give exactly one of tensors, data_b64 and file"
+        raise InvalidBodyError(msg)
+    return body
+
+
+def hash_text(text: str | bytes) -> str:
+    """Return a short digest that tells two texts apart."""
+    data = text.encode() if isinstance(text, str) else text
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def encode_body(body: dict[str, Any]) -> str:
+    """Return a body's JSON as the ledger keeps it.
+
+    Raises:
+        MalformedError: it holds a number that JSON cannot carry, such as 1e999.
+    """
+    try:
+        return encode(body)
+    except ValueError as exc:
+        msg = f"body: a number is out of JSON's range: {exc}"
+        raise MalformedError(msg) from exc
+
+
+def is_same_body(one: str, other: str) -> bool:
+    """Say whether two JSON texts are the same value, whatever their spelling."""
+    return bool(from_json(one or "null") == from_json(other or "null"))
+
+
+def encode(value: object) -> str:
+    """Return `value` as compact JSON.
+
+    Raises:
+        ValueError: it holds NaN or an infinity.
+    """
+    text = to_json(value).decode()
+    if "NaN" in text or "Infinity" in text:
+        # Perhaps only inside a string: the standard encoder tells, and refuses.
+        return _STRICT.encode(value)
+    return text
+
+
+def describe(exc: ValidationError) -> str:
+    """Return the first problem of a validation in one line for people."""
+    first = exc.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "(whole)"
+    return f"{where}: {first['msg']}"

@@ -1,0 +1,359 @@
+"""Settings: one TOML file, environment variables over it, command-line flags over both.
+
+Owns every setting with its default and meaning (docs/operate.md is made from
+these descriptions, and a test keeps it true). An unknown key is an error that
+names the nearest known one: a misspelt setting must not be silently ignored on
+a box that nobody can walk to.
+
+Environment: `EDGEWARD_` and the key, sections joined by two underscores, such
+as `EDGEWARD_MQTT__HOST`. `EDGEWARD_CONFIG` names the file itself.
+"""
+
+import difflib
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from agent.errors import ConfigError
+
+ENV_PREFIX = "EDGEWARD_"
+ENV_DELIMITER = "__"
+CONFIG_ENV = "EDGEWARD_CONFIG"
+DEFAULT_CONFIG = Path("/etc/edgeward/edgeward.toml")
+# Variables with our prefix that are no settings.
+_ENV_NOT_SETTINGS = {CONFIG_ENV, "EDGEWARD_FAULT"}
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MqttSettings(_Section):
+    """Connection to the site's or cloud's MQTT 5 broker."""
+
+    enabled: bool = Field(default=True, description="False: folders and local commands only.")
+    host: str = Field(default="127.0.0.1", description="Host name or address of the broker.")
+    port: int = Field(default=1883, ge=1, le=65535, description="TCP port of the broker.")
+    username: str | None = Field(default=None, description="User name; equal to the device id.")
+    password: SecretStr | None = Field(default=None, description="Password; better a file.")
+    password_file: Path | None = Field(default=None, description="File holding the password.")
+    tls: bool = Field(default=False, description="Use TLS 1.2 or later.")
+    ca_file: Path | None = Field(default=None, description="CA certificates (system's if none).")
+    cert_file: Path | None = Field(default=None, description="Client certificate, PEM.")
+    key_file: Path | None = Field(default=None, description="Client certificate's key, PEM.")
+    allow_plain: bool = Field(
+        default=False, description="Allow a connection without TLS to another machine."
+    )
+    keepalive_s: int = Field(default=20, ge=5, le=3600, description="MQTT keep-alive.")
+    session_expiry_s: int = Field(
+        default=7 * 86400, ge=0, description="How long the broker keeps our session while offline."
+    )
+    will_delay_s: int = Field(
+        default=30, ge=0, description="How long after a lost connection `offline` is published."
+    )
+    receive_maximum: int = Field(
+        default=1024, ge=1, le=65535, description="Commands the broker may send unacknowledged."
+    )
+    inflight: int = Field(
+        default=256, ge=1, le=65535, description="Reports published and not yet acknowledged."
+    )
+    reconnect_min_s: float = Field(default=1.0, gt=0, description="Shortest reconnect wait.")
+    reconnect_max_s: float = Field(default=300.0, gt=0, description="Longest reconnect wait.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MqttSettings":
+        if not (self.tls or self.allow_plain or self.host in _LOOPBACK):
+            msg = (
+                f"a connection to {self.host} without TLS would show jobs and results to the "
+                "network: set tls = true, or allow_plain = true if that is meant"
+            )
+            raise ValueError(msg)
+        if (self.cert_file is None) != (self.key_file is None):
+            msg = "cert_file and key_file go together"
+            raise ValueError(msg)
+        return self
+
+
+class QueueSettings(_Section):
+    """The local Redis or Valkey that carries tasks to the workers."""
+
+    url: str | None = Field(
+        default=None,
+        description="Broker URL; by default the Unix socket `queue.sock` in `run_dir`.",
+    )
+    window_tasks: int = Field(
+        default=64, ge=1, le=1024, description="Tasks in the broker and at the workers, per lane."
+    )
+    bundle_jobs: int = Field(
+        default=32, ge=1, le=256, description="Jobs of one model in one task under load."
+    )
+    bundle_bytes: int = Field(
+        default=262144, ge=1024, description="Bytes of job bodies in one task (one job always)."
+    )
+    lost_after_s: float = Field(
+        default=2.5,
+        gt=0,
+        description="A task neither in the broker nor held by a worker for so long is sent again.",
+    )
+
+
+class StoreSettings(_Section):
+    """The SQLite ledger."""
+
+    synchronous: Literal["FULL", "NORMAL"] = Field(
+        default="FULL", description="NORMAL may lose the last commits at a power cut."
+    )
+    keep_ends_days: int = Field(
+        default=30, ge=1, description="How long ended jobs are remembered (duplicates meet them)."
+    )
+
+
+class InboxSettings(_Section):
+    """Batch folders."""
+
+    enabled: bool = Field(default=True, description="Watch the inbox folder.")
+    path: Path | None = Field(default=None, description="Inbox; by default `data_dir`/inbox.")
+    outbox: Path | None = Field(default=None, description="Results; by default `data_dir`/outbox.")
+    settle_s: float = Field(
+        default=1.0, ge=0, description="A file is complete when unchanged for so long."
+    )
+    scan_s: float = Field(default=1.0, gt=0, description="Time between looks at the inbox.")
+
+
+class OutboxSettings(_Section):
+    """Reports waiting for the console."""
+
+    coalesce_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="Under load a state before the end may wait so long for a newer one.",
+    )
+
+
+class LimitSettings(_Section):
+    """Bounds on what is accepted."""
+
+    payload_bytes: int = Field(default=262144, ge=1024, description="Largest command payload.")
+    open_jobs: int = Field(default=100_000, ge=1, description="Jobs not yet ended.")
+    input_bytes: int = Field(default=64 << 20, ge=1024, description="Largest input file.")
+    result_bytes: int = Field(
+        default=262144, ge=1024, description="Largest result sent inline; others go to a file."
+    )
+    roots: tuple[Path, ...] = Field(
+        default=(), description="Folders jobs may read input files from, beside the inbox."
+    )
+    max_attempts: int = Field(default=5, ge=1, description="Attempts of a job, if it says none.")
+    run_timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest run of one attempt, if the job says none."
+    )
+
+
+class WorkerSettings(_Section):
+    """Inference workers."""
+
+    concurrency: int | None = Field(
+        default=None, ge=1, description="Tasks at a time; by default the cores of the cgroup."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of one box."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+    )
+
+    device_id: str = Field(
+        default_factory=lambda: re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:64],
+        # Not "_all", which is the broadcast's place in topics.
+        pattern=r"^(?:[A-Za-z0-9.-][A-Za-z0-9_.-]{0,63}|_[A-Za-z0-9_.-]{4,63})$",
+        description="This box's name on MQTT; by default its host name.",
+    )
+    data_dir: Path = Field(
+        default=Path("/var/lib/edgeward"), description="Ledger, models, inbox, results."
+    )
+    run_dir: Path | None = Field(
+        default=None, description="Sockets and status; by default `data_dir`/run."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line written."
+    )
+    log_json: bool = Field(default=False, description="Write log lines as JSON objects.")
+    heartbeat_s: float = Field(default=30.0, gt=0, description="Time between heartbeats.")
+    mqtt: MqttSettings = MqttSettings()
+    queue: QueueSettings = QueueSettings()
+    store: StoreSettings = StoreSettings()
+    inbox: InboxSettings = InboxSettings()
+    outbox: OutboxSettings = OutboxSettings()
+    limits: LimitSettings = LimitSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    _file: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put flags over the environment over the file."""
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, InitSettingsSource(settings_cls, cls._file)
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Folder of sockets and of the status file."""
+        return self.run_dir or self.data_dir / "run"
+
+    @property
+    def ledger_file(self) -> Path:
+        """The SQLite file."""
+        return self.data_dir / "ledger.db"
+
+    @property
+    def models_dir(self) -> Path:
+        """Root of the model repository."""
+        return self.data_dir / "models"
+
+    @property
+    def inbox_dir(self) -> Path:
+        """Root of the batch folders."""
+        return self.inbox.path or self.data_dir / "inbox"
+
+    @property
+    def outbox_dir(self) -> Path:
+        """Root of the folders that batch results go to."""
+        return self.inbox.outbox or self.data_dir / "outbox"
+
+    @property
+    def results_dir(self) -> Path:
+        """Folder of results too large to travel inline."""
+        return self.data_dir / "results"
+
+    @property
+    def queue_url(self) -> str:
+        """URL of the queue broker as Celery and kombu take it."""
+        return self.queue.url or f"redis+socket://{self.runtime_dir.absolute()}/queue.sock"
+
+    @property
+    def input_roots(self) -> tuple[Path, ...]:
+        """Folders that jobs may read input files from."""
+        return (self.inbox_dir, *self.limits.roots)
+
+    def password(self) -> str | None:
+        """Return the MQTT password from its setting or its file.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        if self.mqtt.password_file is not None:
+            try:
+                return self.mqtt.password_file.read_text(encoding="utf-8").strip()
+            except OSError as exc:
+                msg = f"mqtt.password_file {self.mqtt.password_file}: {exc.strerror}"
+                raise ConfigError(msg) from exc
+        return self.mqtt.password.get_secret_value() if self.mqtt.password else None
+
+
+def iter_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield every setting's dotted key, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from iter_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _check_key(key: str, origin: str) -> None:
+    known = list(iter_keys())
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaf = difflib.get_close_matches(
+        key.rpartition(".")[2], [item.rpartition(".")[2] for item in known], n=1
+    )
+    near = near or [item for item in known if leaf and item.rpartition(".")[2] == leaf[0]]
+    hint = f"; did you mean {near[0]!r}?" if near else "; see docs/operate.md for all settings"
+    msg = f"unknown setting {key!r} in {origin}{hint}"
+    raise ConfigError(msg)
+
+
+def _iter_document_keys(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in document.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from _iter_document_keys(value, f"{prefix}{name}.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a settings file and check its keys.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or has an unknown key.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        msg = f"settings file {path} cannot be read: {exc.strerror}"
+        raise ConfigError(msg) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        msg = f"settings file {path} is not TOML: {exc}"
+        raise ConfigError(msg) from exc
+    for key in _iter_document_keys(document):
+        _check_key(key, str(path))
+    return document
+
+
+def _check_environment(environ: Mapping[str, str]) -> None:
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in _ENV_NOT_SETTINGS:
+            key = name.removeprefix(ENV_PREFIX).lower().replace(ENV_DELIMITER, ".")
+            _check_key(key, f"the environment ({name})")
+
+
+def load_settings(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings of this box.
+
+    Args:
+        config: the settings file; else `$EDGEWARD_CONFIG`, else
+            `/etc/edgeward/edgeward.toml` where that exists.
+        flags: values from the command line, nested by section; they win.
+
+    Raises:
+        ConfigError: a key is unknown, a value is not usable, a file is not readable.
+    """
+    named = config or (Path(os.environ[CONFIG_ENV]) if os.environ.get(CONFIG_ENV) else None)
+    path = named or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    document = read_config(path) if path else {}
+    _check_environment(os.environ)
+    bound = type("BoundSettings", (Settings,), {"_file": document, "__module__": __name__})
+    try:
+        settings: Settings = bound(**(flags or {}))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        msg = f"setting {key or '(all)'}: {first['msg']}"
+        raise ConfigError(msg) from exc
+    return settings
+
+
+__all__ = ["Settings", "iter_keys", "load_settings", "read_config"]

@@ -1,0 +1,431 @@
+"""Dispatch: queued jobs into bounded, self-contained Celery tasks, and lost tasks back.
+
+Two halves. `select` runs in the writer's transaction: it bundles ready jobs
+and writes their new attempt before anything is sent. The thread sends what was
+committed, and looks every second for tasks that are neither in the broker nor
+held by a worker: those are lost, and their jobs are tried again. So Redis may
+be wiped and workers killed at any moment.
+
+Invariants: at most `window_tasks` tasks a lane are under way; a job is in at
+most one of them; nothing is sent that was not committed first.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+from sqlalchemy import Connection
+
+from agent.clock import Clock
+from agent.commands import encode, new_id
+from agent.config import QueueSettings
+from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
+from agent.jobs import Lane
+from agent.store.ledger import Ledger, ReadyJob
+from agent.tasks import (
+    HEARTBEAT_PREFIX,
+    INFER_TASK,
+    celery_settings,
+    connect_redis,
+    lane_queue,
+    outcome_queue,
+)
+
+log = logging.getLogger(__name__)
+
+# A bundle should not hold a worker's thread much longer, so that urgent work gets its turn.
+_BUNDLE_TARGET_MS = 250.0
+_CHECK_PERIOD_S = 1.0
+# So many tasks keep the workers of a lane busy until the next turn.
+_FED = 4
+_SPREAD = 4
+_READ_JOBS = 512
+_EWMA = 0.3
+# Celery names every task, queue and header; a generous bound per job beside its body.
+_JOB_OVERHEAD_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One Celery task that is committed and may be sent."""
+
+    task_id: str
+    lane: Lane
+    payload: str
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """What is known of a task between its commit and its outcome."""
+
+    lane: Lane
+    seen_ms: int
+    """When it was last known to be somewhere, on the boot clock."""
+    sent: bool = False
+    """What is not sent yet waits in this process, and cannot be lost in another."""
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkerState:
+    """What one worker last said of itself."""
+
+    worker: str
+    held: frozenset[str]
+    started: tuple[str, ...]
+
+
+@dataclass
+class BrokerState:
+    """The queue broker as last seen."""
+
+    reachable: bool = False
+    run_id: str | None = None
+    why: str = "not contacted yet"
+
+
+class Dispatcher(threading.Thread):
+    """Sends tasks and watches over those under way.
+
+    Args:
+        device: the device's id, named in each task for its outcome's way back.
+        queue_url: the broker.
+        limits: window and bundle sizes.
+        ledger: where jobs come from.
+        clock: boot time for leases.
+        post: puts a message into the writer's mailbox.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        queue_url: str,
+        limits: QueueSettings,
+        ledger: Ledger,
+        clock: Clock,
+        post: Callable[[Message], None],
+    ) -> None:
+        super().__init__(name="dispatch", daemon=True)
+        self._device = device
+        self._queue_url = queue_url
+        self._limits = limits
+        self._ledger = ledger
+        self._clock = clock
+        self._post = post
+        self._lock = threading.Lock()
+        self._under_way: dict[str, _UnderWay] = {}
+        self._workers: dict[str, _WorkerState] = {}
+        self._announced: set[str] = set()
+        self._per_job_ms: dict[str, float] = {}
+        self._to_send: SimpleQueue[Task | None] = SimpleQueue()
+        self._celery = Celery("edgeward-agent", set_as_current=False)
+        self._celery.conf.update(celery_settings(queue_url))
+        self._redis: redis.Redis | None = None
+        self._next_check_ms = 0
+        self.broker = BrokerState()
+        self.turns = 0
+
+    # --- inside the writer's transaction -------------------------------------------------
+
+    def adopt(self, tasks: Iterable[tuple[str, Lane]]) -> None:
+        """Take over tasks that were under way when the agent last stopped."""
+        now_ms = self._clock.boot_ms()
+        with self._lock:
+            for task_id, lane in tasks:
+                self._under_way[task_id] = _UnderWay(lane, now_ms, sent=True)
+
+    def select(self, tx: Connection) -> list[Task]:
+        """Bundle ready jobs into tasks, as far as the window allows, and write their attempts."""
+        if not self.broker.reachable:
+            return []
+        tasks: list[Task] = []
+        for lane in Lane:
+            with self._lock:
+                used = sum(task.lane is lane for task in self._under_way.values())
+            room = self._limits.window_tasks - used
+            if room > 0:
+                limit = min(room * self._limits.bundle_jobs, _READ_JOBS)
+                ready = self._ledger.find_ready(tx, lane, limit)
+                tasks += self._bundle(tx, lane, self._split(ready, is_fed=used >= _FED), room)
+        return tasks
+
+    def _bundle(
+        self, tx: Connection, lane: Lane, split: Sequence[list[ReadyJob]], room: int
+    ) -> list[Task]:
+        bundles = [(new_id(), jobs) for jobs in split[:room]]
+        self._ledger.assign(tx, bundles)
+        return [Task(task_id, lane, self._encode(task_id, jobs)) for task_id, jobs in bundles]
+
+    def _split(self, ready: Sequence[ReadyJob], *, is_fed: bool) -> list[list[ReadyJob]]:
+        """Group jobs of one model into bundles.
+
+        While the workers have little to do, bundles are small and go at once.
+        While they are fed, only full bundles go, and the rest grows until the
+        next outcome: each task costs about what thirty jobs in it cost.
+        """
+        groups: dict[tuple[str, str | None, str], list[ReadyJob]] = {}
+        for job in ready:
+            groups.setdefault((job.model, job.version, job.handler), []).append(job)
+        bundles: list[list[ReadyJob]] = []
+        for (model, _, _), jobs in groups.items():
+            largest = self._largest_bundle(model)
+            size = largest if is_fed else max(1, min(largest, -(-len(jobs) // _SPREAD)))
+            cut = _cut(jobs, size, self._limits.bundle_bytes)
+            if is_fed and len(cut[-1]) < size:
+                cut.pop()
+            bundles += cut
+        return bundles
+
+    def _largest_bundle(self, model: str) -> int:
+        per_job_ms = self._per_job_ms.get(model) or 1e-3
+        return max(1, min(self._limits.bundle_jobs, int(_BUNDLE_TARGET_MS / per_job_ms)))
+
+    def _encode(self, task_id: str, jobs: Sequence[ReadyJob]) -> str:
+        # Bodies are JSON already: they are pasted in, not decoded and encoded again.
+        first = jobs[0]
+        head = encode(
+            {
+                "v": 1,
+                "task": task_id,
+                "device": self._device,
+                "reply": outcome_queue(self._device),
+                "handler": first.handler,
+                "model": first.model,
+                "version": first.version,
+            }
+        )
+        items = ",".join(
+            f'{{"id":"{job.job_id}","attempt":{job.attempt + 1},'
+            f'"timeout_s":{job.run_timeout_s},"body":{job.body}}}'
+            for job in jobs
+        )
+        return f'{head[:-1]},"jobs":[{items}]}}'
+
+    # --- after the commit, any thread ------------------------------------------------------
+
+    def send(self, tasks: Iterable[Task]) -> None:
+        """Hand committed tasks to the sending thread, and watch them from now on."""
+        now_ms = self._clock.boot_ms()
+        for task in tasks:
+            with self._lock:
+                self._under_way[task.task_id] = _UnderWay(task.lane, now_ms)
+            self._to_send.put(task)
+
+    def forget(self, task_ids: Iterable[str]) -> None:
+        """Stop watching tasks whose outcome is committed, or which were given up."""
+        with self._lock:
+            for task_id in task_ids:
+                self._under_way.pop(task_id, None)
+
+    def observe_speed(self, model: str, per_job_ms: float) -> None:
+        """Take note of how long a job of a model takes, for the size of bundles."""
+        known = self._per_job_ms.get(model, per_job_ms)
+        self._per_job_ms[model] = known + _EWMA * (per_job_ms - known)
+
+    def _follow_workers(self) -> None:
+        """Read what the workers hold. A new worker in a slot frees what the old one held."""
+        now_ms = self._clock.boot_ms()
+        found = self._read_heartbeats()
+        started: list[str] = []
+        with self._lock:
+            for slot, old in self._workers.items():
+                new = found.get(slot)
+                if new is None or new.worker != old.worker:
+                    self._release(old, now_ms)
+            self._workers = found
+            for state in found.values():
+                for task_id in state.held:
+                    if task_id in self._under_way:
+                        self._under_way[task_id].seen_ms = now_ms
+                started += state.started
+        fresh = tuple(task_id for task_id in started if task_id not in self._announced)
+        self._announced = set(started)
+        if fresh:
+            self._post(TasksStarted(fresh))
+
+    def _read_heartbeats(self) -> dict[str, _WorkerState]:
+        client: Any = self._redis
+        keys = list(client.scan_iter(HEARTBEAT_PREFIX + "*", count=100))
+        texts = client.mget(keys) if keys else []
+        found: dict[str, _WorkerState] = {}
+        for text in texts:
+            try:
+                body = json.loads(text) if text is not None else None
+                if body is not None:
+                    found[body["slot"]] = _WorkerState(
+                        body["worker"], frozenset(body["held"]), tuple(body["started"])
+                    )
+            except (ValueError, KeyError, TypeError) as exc:
+                log.warning("a worker's heartbeat cannot be read: %r", exc)
+        return found
+
+    def _release(self, worker: _WorkerState, now_ms: int) -> None:
+        # What a dead worker held is due for a check at once, unless the broker has it.
+        for task_id in worker.held:
+            if task_id in self._under_way:
+                self._under_way[task_id].seen_ms = now_ms - int(self._limits.lost_after_s * 1000)
+
+    def count_workers(self) -> int:
+        """Return how many workers live."""
+        return len(self._workers)
+
+    def count_under_way(self) -> int:
+        """Return how many tasks are in the broker or at workers."""
+        with self._lock:
+            return len(self._under_way)
+
+    def stop(self) -> None:
+        """End the thread; what was not sent is found lost at the next start, and sent again."""
+        self._to_send.put(None)
+        self.join(5.0)
+
+    # --- the thread ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Send and check until stopped."""
+        self._contact()
+        while True:
+            try:
+                task = self._to_send.get(timeout=_CHECK_PERIOD_S)
+            except Empty:
+                self._check()
+                continue
+            if task is None:
+                return
+            self._send(task)
+            if self._clock.boot_ms() >= self._next_check_ms:
+                self._check()
+
+    def _send(self, task: Task) -> None:
+        with self._lock:
+            state = self._under_way.get(task.task_id)
+            if state is not None:
+                state.seen_ms, state.sent = self._clock.boot_ms(), True
+        try:
+            self._celery.send_task(
+                INFER_TASK,
+                args=(task.payload,),
+                task_id=task.task_id,
+                queue=lane_queue(task.lane),
+                ignore_result=True,
+                retry=False,
+            )
+        except (OperationalError, redis.RedisError, OSError) as exc:
+            self._mark_unreachable(exc)
+            self.forget([task.task_id])
+            # It may have arrived all the same; its attempt is fenced then.
+            self._post(TasksLost((task.task_id,), "queue_unreachable", "not sent", counts=False))
+
+    def _mark_unreachable(self, exc: Exception) -> None:
+        if self.broker.reachable:
+            log.warning("queue broker: %s; jobs wait in the ledger", exc)
+        self.broker.reachable = False
+        self.broker.why = str(exc)
+        # A pooled connection may be half dead: the next contact makes a new one.
+        self._redis = None
+
+    def _check(self) -> None:
+        self.turns += 1
+        self._next_check_ms = self._clock.boot_ms() + int(_CHECK_PERIOD_S * 1000)
+        if not self._contact():
+            return
+        try:
+            self._follow_workers()
+            self._find_lost()
+        except (redis.RedisError, OSError) as exc:
+            self._mark_unreachable(exc)
+
+    def _contact(self) -> bool:
+        """Ask the broker whether it is there, and whether it is the one it was."""
+        try:
+            if self._redis is None:
+                self._redis = connect_redis(self._queue_url)
+            info: Any = self._redis.info("server")
+        except (redis.RedisError, OSError) as exc:
+            self._mark_unreachable(exc)
+            return False
+        run_id = str(info.get("run_id"))
+        back = not self.broker.reachable
+        if self.broker.run_id not in (None, run_id):
+            log.warning("queue broker was restarted: its tasks are dispatched again")
+            self._give_up_unheld()
+        self.broker = BrokerState(reachable=True, run_id=run_id, why="")
+        if back:
+            log.info("queue broker reached")
+            self._post(Wake())
+        return True
+
+    def _give_up_unheld(self) -> None:
+        """A new broker has none of the old one's messages: what no worker holds is lost."""
+        held = self._held_now()
+        with self._lock:
+            lost = tuple(
+                task_id
+                for task_id, task in self._under_way.items()
+                if task.sent and task_id not in held
+            )
+        self._lose(lost, "queue_restarted", "the queue broker was restarted", counts=False)
+
+    def _held_now(self) -> set[str]:
+        return {task_id for state in self._workers.values() for task_id in state.held}
+
+    def _find_lost(self) -> None:
+        """Give up tasks that nobody has known of for `lost_after_s`."""
+        now_ms = self._clock.boot_ms()
+        limit_ms = now_ms - int(self._limits.lost_after_s * 1000)
+        held = self._held_now()
+        with self._lock:
+            suspects = {
+                task_id: task.lane
+                for task_id, task in self._under_way.items()
+                if task.sent and task.seen_ms <= limit_ms and task_id not in held
+            }
+        if not suspects:
+            return
+        queued = self._read_queued(set(suspects.values()))
+        with self._lock:
+            for task_id in queued & suspects.keys():
+                if task_id in self._under_way:
+                    self._under_way[task_id].seen_ms = now_ms
+        lost = tuple(task_id for task_id in suspects if task_id not in queued)
+        self._lose(lost, "worker_lost", "the worker that ran it is gone", counts=True)
+
+    def _lose(self, lost: tuple[str, ...], code: str, message: str, *, counts: bool) -> None:
+        if lost:
+            log.warning("%d tasks are lost (%s): dispatching their jobs again", len(lost), code)
+            self.forget(lost)
+            self._post(TasksLost(lost, code, message, counts=counts))
+
+    def _read_queued(self, lanes: Collection[Lane]) -> set[str]:
+        """Return the ids of the tasks that wait in the broker."""
+        client: Any = self._redis
+        return {
+            _task_id(message)
+            for lane in lanes
+            for message in client.lrange(lane_queue(lane), 0, -1)
+        }
+
+
+def _task_id(message: bytes) -> str:
+    return str(json.loads(message)["headers"]["id"])
+
+
+def _cut(jobs: Sequence[ReadyJob], size: int, max_bytes: int) -> list[list[ReadyJob]]:
+    """Cut jobs into bundles; one that was interrupted goes alone, in case it is the culprit."""
+    bundles: list[list[ReadyJob]] = []
+    room_bytes = 0
+    for job in jobs:
+        cost = len(job.body) + _JOB_OVERHEAD_BYTES
+        alone = job.interruptions > 0
+        if alone or not bundles or len(bundles[-1]) >= size or cost > room_bytes:
+            bundles.append([])
+            room_bytes = max_bytes
+        bundles[-1].append(job)
+        room_bytes = 0 if alone else room_bytes - cost
+    return bundles

@@ -1,0 +1,383 @@
+"""Batch folders: files become jobs, results become JSON lines, with no broker at all.
+
+    inbox/<model>/photo.png ──claim──► inbox/<model>/.work/<job_id>__photo.png
+        ──job ends──► line in outbox/<model>/results-YYYY-MM-DD.jsonl, flushed
+        ──rename──►  inbox/<model>/done/photo.png, or failed/ with a reason file
+
+The place of the input file is the state: a file in `.work` is not delivered
+yet. After a crash at any step, the next start finds it there and goes on from
+what the ledger and the results file say; so no result is lost or repeated.
+
+A file is complete when nobody has it open for writing (a kernel lease tells,
+on a local Linux file system) and it has not changed for `settle_s`.
+Names that begin with a dot or end in .part, .tmp or ~ are never taken.
+
+Source: docs/operate.md, "Batch folders".
+"""
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent.clock import Clock, format_ms
+from agent.commands import (
+    CANCEL,
+    SUBMIT,
+    Envelope,
+    SubmitBody,
+    decode_envelope,
+    encode_body,
+    hash_text,
+    new_id,
+    parse_submit,
+)
+from agent.config import Settings
+from agent.daemon.intake import refuse
+from agent.daemon.messages import Message, Spooled
+from agent.errors import AgentError, CommandError, MalformedError, ModelNotFoundError
+from agent.fileio import append_line, fsync_dir, write_atomic
+from agent.jobs import ENDS, JobState, Source
+from agent.store.ledger import EndedJob, NewJob
+from agent.topics import JOB_ID_PATTERN
+
+log = logging.getLogger(__name__)
+
+WORK = ".work"
+DONE = "done"
+FAILED = "failed"
+COMMANDS = "_commands"
+_RESERVED = {WORK, DONE, FAILED}
+_PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".crdownload", "~")
+_SEPARATOR = "__"
+# Bounded, so that a folder of a million files neither floods the ledger nor blocks the scan.
+_CLAIMS_PER_SCAN = 256
+_WORKING_MAX = 2048
+
+BuildJob = Callable[[Envelope, SubmitBody, str, str, Source, float | None], NewJob]
+ReadJobs = Callable[[Sequence[str]], dict[str, dict[str, Any]]]
+
+
+class Inbox(threading.Thread):
+    """Watches the inbox and delivers results.
+
+    Args:
+        settings: folders and times.
+        clock: wall time.
+        build_job: intake's check of a job.
+        read_jobs: returns ledger rows by id.
+        post: puts a message into the writer's mailbox.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        build_job: BuildJob,
+        read_jobs: ReadJobs,
+        post: Callable[[Message], None],
+    ) -> None:
+        super().__init__(name="inbox", daemon=True)
+        self._settings = settings
+        self._clock = clock
+        self._build_job = build_job
+        self._read_jobs = read_jobs
+        self._post = post
+        self._inbox = settings.inbox_dir
+        self._outbox = settings.outbox_dir
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._working: dict[str, Path] = {}
+        self._submitted: set[str] = set()
+        self._written: set[str] = set()
+        self._seen: dict[Path, tuple[int, int, int]] = {}
+        self._ended: deque[str] = deque()
+        self.turns = 0
+
+    def notify_ended(self, ended: Iterable[EndedJob]) -> None:
+        """Take note of folder jobs that ended; called by the writer after its commit."""
+        mine = [job.job_id for job in ended if job.source is Source.FOLDER]
+        if mine:
+            self._ended.extend(mine)
+            self._wake.set()
+
+    def run(self) -> None:
+        """Scan and deliver until stopped."""
+        (self._inbox / COMMANDS).mkdir(parents=True, exist_ok=True)
+        recovered = False
+        while not self._stopping.is_set():
+            try:
+                if not recovered:
+                    self._recover()
+                    recovered = True
+                self._turn()
+            except (OSError, TimeoutError) as exc:
+                log.warning("inbox: %s; looking again in %s s", exc, self._settings.inbox.scan_s)
+            self.turns += 1
+            self._wake.wait(self._settings.inbox.scan_s)
+            self._wake.clear()
+
+    def _turn(self) -> None:
+        self._deliver_ended()
+        for path in self._iter_commands():
+            self._take_command(path)
+        for path in self._find_complete():
+            self._claim(path)
+        self._submit_claimed()
+
+    # --- from file to job ------------------------------------------------------------------
+
+    def _iter_models(self) -> Iterator[Path]:
+        for folder in sorted(self._inbox.iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and folder.name[0] not in "._":
+                yield folder
+
+    def _find_complete(self) -> list[Path]:
+        """Return files that have not changed for `settle_s` and that nobody writes."""
+        now_ms = self._clock.boot_ms()
+        complete: list[Path] = []
+        seen: dict[Path, tuple[int, int, int]] = {}
+        for path in self._iter_files():
+            stat = path.stat(follow_symlinks=False)
+            size, changed, since = self._seen.get(path, (-1, -1, now_ms))
+            if (size, changed) != (stat.st_size, stat.st_mtime_ns):
+                since = now_ms
+            seen[path] = (stat.st_size, stat.st_mtime_ns, since)
+            settled = now_ms - since >= self._settings.inbox.settle_s * 1000
+            room = len(complete) < _CLAIMS_PER_SCAN and len(self._working) < _WORKING_MAX
+            if settled and room and not is_being_written(path):
+                complete.append(path)
+        self._seen = seen
+        return complete
+
+    def _iter_files(self) -> Iterator[Path]:
+        for model in self._iter_models():
+            for entry in sorted(os.scandir(model), key=lambda item: item.name):
+                partial = entry.name.startswith(".") or entry.name.endswith(_PARTIAL_SUFFIXES)
+                if not partial and entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
+
+    def _claim(self, path: Path) -> None:
+        """Move a complete file to `.work`, under a new job's id."""
+        job_id = new_id()
+        work = path.parent / WORK
+        work.mkdir(exist_ok=True)
+        claimed = work / f"{job_id}{_SEPARATOR}{path.name}"
+        path.rename(claimed)
+        fsync_dir(work)
+        self._working[job_id] = claimed
+
+    def _submit_claimed(self) -> None:
+        for job_id in [key for key in self._working if key not in self._submitted]:
+            self._submit(job_id, self._working[job_id])
+
+    def _submit(self, job_id: str, path: Path) -> None:
+        self._submitted.add(job_id)
+        model = path.parent.parent.name
+        body = {
+            "handler": "infer.batch",
+            "job_id": job_id,
+            "model": model,
+            "input": {"file": str(path.relative_to(self._inbox))},
+        }
+        envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
+        job = self._check(envelope, job_id, Source.FOLDER)
+        self._post(Spooled(Source.FOLDER, job=job))
+        if job.state in ENDS:
+            # Refused at the door: nothing will call when it ends, so look after the commit.
+            self._post(Spooled(Source.FOLDER, done=lambda: self._notice(job_id)))
+
+    def _notice(self, job_id: str) -> None:
+        self._ended.append(job_id)
+        self._wake.set()
+
+    def _check(self, envelope: Envelope, job_id: str, source: Source) -> NewJob:
+        text = ""
+        try:
+            text = encode_body(envelope.body)
+            submit = parse_submit(envelope, job_id)
+            return self._build_job(envelope, submit, job_id, text, source, None)
+        except (CommandError, ModelNotFoundError) as exc:
+            return refuse(job_id, source, exc, hash_text(text), text)
+
+    # --- local commands ----------------------------------------------------------------------
+
+    def _iter_commands(self) -> list[Path]:
+        return sorted((self._inbox / COMMANDS).glob("*.json"))
+
+    def _take_command(self, path: Path) -> None:
+        """Take a submit or a cancel that the command line left; it is removed after the commit."""
+        try:
+            envelope = decode_envelope(path.read_bytes(), self._settings.limits.payload_bytes)
+            job_id = str(envelope.body.get("job_id", ""))
+            if not JOB_ID_PATTERN.fullmatch(job_id):
+                msg = f"{path.name}: body.job_id is no ULID"
+                raise MalformedError(msg)
+            message = self._read_command(envelope, job_id, path)
+        except AgentError as exc:
+            log.warning("command %s refused: %s (%s)", path.name, exc, exc.code)
+            path.rename(path.with_suffix(f".{exc.code}"))
+            return
+        path.rename(path.with_suffix(".taken"))
+        self._post(message)
+
+    def _read_command(self, envelope: Envelope, job_id: str, path: Path) -> Spooled:
+        def remove() -> None:
+            path.with_suffix(".taken").unlink(missing_ok=True)
+
+        if envelope.type == CANCEL:
+            return Spooled(Source.LOCAL, cancel=job_id, done=remove)
+        job = self._check(envelope, job_id, Source.LOCAL)
+        return Spooled(Source.LOCAL, job=job, done=remove)
+
+    # --- from job to result --------------------------------------------------------------------
+
+    def _deliver_ended(self) -> None:
+        waiting = [self._ended.popleft() for _ in range(len(self._ended))]
+        rows = self._read_jobs(waiting) if waiting else {}
+        for job_id in waiting:
+            path, row = self._working.get(job_id), rows.get(job_id)
+            if path is None or row is None or row["state"] not in ENDS:
+                continue
+            try:
+                self._deliver_one(job_id, path, row)
+            except OSError as exc:
+                log.warning("result of %s not delivered yet: %s", path.name, exc)
+                self._ended.append(job_id)
+
+    def _deliver_one(self, job_id: str, path: Path, row: dict[str, Any]) -> None:
+        name = path.name.partition(_SEPARATOR)[2]
+        model = path.parent.parent
+        if row["state"] == JobState.SUCCEEDED:
+            if job_id not in self._written:
+                append_line(self._results_file(model.name, row), _result_line(name, row))
+                self._written.add(job_id)
+            target = choose_target(model / DONE, name, job_id)
+        else:
+            target = choose_target(model / FAILED, name, job_id)
+            write_atomic(target.with_name(target.name + ".reason.json"), _reason_text(name, row))
+        if path.exists():
+            path.rename(target)
+            fsync_dir(target.parent)
+        else:
+            log.warning("%s was taken away while its job ran", path)
+        self._working.pop(job_id, None)
+        self._written.discard(job_id)
+        self._submitted.discard(job_id)
+
+    def _results_file(self, model: str, row: dict[str, Any]) -> Path:
+        day = format_ms(row["ended_ms"])[:10]
+        return self._outbox / model / f"results-{day}.jsonl"
+
+    # --- after a crash -----------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Go on from where the last run stopped: what is in `.work` is not delivered."""
+        for taken in (self._inbox / COMMANDS).glob("*.taken"):
+            taken.rename(taken.with_suffix(".json"))
+        for model in self._iter_models():
+            for path in sorted((model / WORK).glob(f"*{_SEPARATOR}*")):
+                job_id = path.name.partition(_SEPARATOR)[0]
+                if JOB_ID_PATTERN.fullmatch(job_id):
+                    self._working[job_id] = path
+        if not self._working:
+            return
+        rows = self._read_jobs(list(self._working))
+        read: set[Path] = set()
+        for job_id, path in list(self._working.items()):
+            row = rows.get(job_id)
+            if row is None:
+                continue  # the crash came before the commit: it is submitted again
+            self._submitted.add(job_id)
+            if row["state"] in ENDS:
+                file = self._results_file(path.parent.parent.name, row)
+                if file not in read:
+                    read.add(file)
+                    self._written |= read_delivered(file)
+                self._ended.append(job_id)
+        log.info("inbox: %d files were under way", len(self._working))
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self._wake.set()
+        self.join(5.0)
+
+
+def is_being_written(path: Path) -> bool:
+    """Say whether some process has a file open for writing.
+
+    Takes a read lease, which Linux grants only where nobody writes. Where it
+    cannot tell (another file system, not our file), it says no, and the time a
+    file stays unchanged decides.
+
+    Source: fcntl(2), F_SETLEASE.
+    """
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def read_delivered(file: Path) -> set[str]:
+    """Return the job ids in a results file, after cutting off a line that was torn by a crash."""
+    if not file.exists():
+        return set()
+    with file.open("rb+") as stream:
+        content = stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            stream.truncate(whole)
+            os.fsync(stream.fileno())
+    return {job_id for line in content[:whole].splitlines() if (job_id := _find_job_id(line))}
+
+
+def _find_job_id(line: bytes) -> str | None:
+    """Return the job id of a line, or None for a line that somebody else wrote."""
+    try:
+        job_id = json.loads(line)["job_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(job_id)
+
+
+def choose_target(folder: Path, name: str, job_id: str) -> Path:
+    """Return where `name` goes in `folder`: with the job's id before it where it is taken."""
+    folder.mkdir(exist_ok=True)
+    target = folder / name
+    return folder / f"{job_id}{_SEPARATOR}{name}" if target.exists() else target
+
+
+def _result_line(name: str, row: dict[str, Any]) -> str:
+    result = json.loads(row["result"] or "{}")
+    return json.dumps({"file": name, "state": row["state"], **result}, ensure_ascii=False)
+
+
+def _reason_text(name: str, row: dict[str, Any]) -> str:
+    body = {
+        "file": name,
+        "job_id": row["job_id"],
+        "state": row["state"],
+        "code": row["reason_code"],
+        "message": row["reason"],
+        "attempts": row["attempt"],
+        "ended_at": format_ms(row["ended_ms"]),
+    }
+    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,361 @@
+"""The agent as a whole: builds the parts, starts them in order, watches and stops them.
+
+Start: migrate → count the boot → recover → threads → first turns → READY=1.
+Watch: every second the main thread looks whether each loop has turned; a loop
+that stands still stops the feeding of systemd's watchdog.
+Stop: intake ends first, then everything committed is reported as far as the
+connection allows, `stopped` is published, the store is closed.
+"""
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from sqlalchemy import Connection
+
+from agent.clock import Clock, SystemClock, format_ms
+from agent.config import Settings
+from agent.daemon.dispatch import Dispatcher
+from agent.daemon.inbox import Inbox
+from agent.daemon.intake import Intake
+from agent.daemon.messages import Call, Message, Wake
+from agent.daemon.mqtt import MqttSession
+from agent.daemon.outcomes import OutcomeConsumer
+from agent.daemon.presence import PROTOCOL_VERSIONS, Presence
+from agent.daemon.reporter import Reporter
+from agent.daemon.writer import Writer
+from agent.fileio import write_atomic
+from agent.platformfile import detect_and_save, find_platform
+from agent.repository import ModelRepository
+from agent.sdnotify import notify, watchdog_period_s
+from agent.store.database import migrate, open_engine, transaction
+from agent.store.ledger import Ledger
+from agent.store.outbox import read_counter, save_counter
+from agent.topics import Topics
+from platforms.resources import read_resources
+from platforms.spec import PlatformSpec
+
+log = logging.getLogger(__name__)
+
+STATUS_FILE = "status.json"
+_TICK_S = 1.0
+_STALL_S = 20.0
+_DAY_MS = 86_400_000
+# 50 jobs a second can be forgotten, which is more than an edge box is asked for day after day.
+_HOUSEKEEPING_S = 60.0
+_DELETE_AT_ONCE = 3000
+
+
+class Agent:
+    """One device's agent.
+
+    Args:
+        settings: the device's settings.
+        clock: wall and boot time.
+    """
+
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._topics = Topics(settings.device_id)
+        self._mailbox: SimpleQueue[Message] = SimpleQueue()
+        self._stop = threading.Event()
+        self._started_at = self._clock.wall_ms()
+        self._spec: PlatformSpec | None = None
+        self._conn = 0
+        self._boot = 0
+        self._models_stamp: tuple[Any, ...] = ()
+        self._engine = open_engine(settings.ledger_file, settings.store.synchronous)
+        self._repository = ModelRepository(settings.models_dir)
+        ledger = Ledger(self._topics, self._clock)
+        self._ledger = ledger
+        self._writer = Writer(self._engine, ledger, self._mailbox, self._on_ended)
+        post = self._mailbox.put
+        self._session = MqttSession(
+            settings, self._topics, post, self._next_conn, self._report_takeover
+        )
+        self._dispatcher = Dispatcher(
+            settings.device_id, settings.queue_url, settings.queue, ledger, self._clock, post
+        )
+        self._outcomes = OutcomeConsumer(
+            settings.device_id, settings.queue_url, self._dispatcher, post
+        )
+        self._reporter = Reporter(settings, self._session, self._clock)
+        self._presence = Presence(
+            settings,
+            self._topics,
+            self._session,
+            self._clock,
+            info=self._describe,
+            reported=self._describe_models,
+            health=self._measure,
+        )
+        self._intake = Intake(
+            settings,
+            self._topics,
+            ledger,
+            self._clock,
+            self._repository.has_active,
+            self._presence.answer,
+        )
+        self._inbox = Inbox(settings, self._clock, self._intake.build_job, self._read_jobs, post)
+        self._writer.attach(
+            self._session, self._intake, self._dispatcher, self._reporter, self._presence
+        )
+
+    # --- start and stop --------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT; then stop cleanly."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        self.start()
+        try:
+            self._watch()
+        finally:
+            self.stop()
+
+    def start(self) -> None:
+        """Recover and start every thread; return when each loop has turned once."""
+        migrate(self._engine)
+        with transaction(self._engine) as tx:
+            self._recover(tx)
+        self._spec = find_platform(self._settings.data_dir)
+        self._writer.start()
+        if self._settings.mqtt.enabled:
+            self._session.start()
+        self._dispatcher.start()
+        self._outcomes.start()
+        if self._settings.inbox.enabled:
+            self._inbox.start()
+        threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
+        log.info("agent %s started, boot %d", self._settings.device_id, self._boot)
+
+    def _recover(self, tx: Connection) -> None:
+        """Count this boot and take over what the last run left under way."""
+        self._boot = read_counter(tx, "boot") + 1
+        save_counter(tx, "boot", self._boot)
+        self._conn = read_counter(tx, "conn")
+        self._presence.boot = self._boot
+        self._reporter.start(tx, self._boot)
+        tasks = self._ledger.find_tasks(tx)
+        self._dispatcher.adopt((task_id, lane) for task_id, (lane, _, _) in tasks.items())
+        self._writer.open_jobs = sum(self._ledger.count_open(tx).values())
+        if self._writer.open_jobs:
+            log.info("%d jobs are open, %d tasks under way", self._writer.open_jobs, len(tasks))
+
+    def request_stop(self) -> None:
+        """Ask `run` to end."""
+        self._stop.set()
+
+    def stop(self) -> None:
+        """Stop every thread and close the store."""
+        notify("STOPPING=1")
+        if self._settings.inbox.enabled and self._inbox.is_alive():
+            self._inbox.stop()
+        self._drain_reports()
+        if self._settings.mqtt.enabled:
+            self._session.stop(self._presence.status("stopped", self._session.conn))
+        self._outcomes.stop()
+        self._dispatcher.stop()
+        self._mailbox.put(Wake())
+        self._writer.stop()
+        self._engine.dispose()
+        log.info("agent stopped")
+
+    def _drain_reports(self, timeout_s: float = 2.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self._session.state == "online" and time.monotonic() < deadline:
+            if not (self._reporter.has_more or self._reporter.in_flight):
+                return
+            self._mailbox.put(Wake())
+            time.sleep(0.02)
+
+    def _next_conn(self) -> tuple[int, int]:
+        """Commit the number of the next connection; runs on the session's thread."""
+
+        def count(tx: Connection) -> int:
+            number = read_counter(tx, "conn") + 1
+            save_counter(tx, "conn", number)
+            return number
+
+        return int(self._writer.call(count)), self._boot
+
+    def _report_takeover(self, times: int) -> None:
+        body: dict[str, object] = {
+            "code": "duplicate_device_id",
+            "message": "another client connected under this device's id",
+            "times": times,
+        }
+        self._mailbox.put(Call(lambda tx: self._ledger.add_event(tx, "duplicate_device_id", body)))
+
+    def _look_at_box(self) -> None:
+        if self._spec is None:
+            self._spec = detect_and_save(self._settings.data_dir)
+            self._presence.publish_info()
+
+    # --- watching ---------------------------------------------------------------------------
+
+    def _loops(self) -> dict[str, Callable[[], int]]:
+        loops: dict[str, Callable[[], int]] = {
+            "writer": lambda: self._writer.turns,
+            "dispatch": lambda: self._dispatcher.turns,
+            "outcomes": lambda: self._outcomes.turns,
+        }
+        if self._settings.inbox.enabled:
+            loops["inbox"] = lambda: self._inbox.turns
+        return loops
+
+    def _watch(self) -> None:
+        """Tick until asked to stop: heartbeat, status file, watchdog, housekeeping."""
+        loops = self._loops()
+        seen = {name: (0, time.monotonic()) for name in loops}
+        next_beat = next_keeping = 0.0
+        watchdog_s = watchdog_period_s()
+        is_ready = False
+        while not self._stop.wait(_TICK_S if is_ready else 0.02):
+            now = time.monotonic()
+            stalled = _find_stalled(loops, seen, now)
+            if not is_ready and all(count() for count in loops.values()):
+                is_ready = True
+                notify("READY=1")
+            if stalled:
+                log.error("these loops stand still: %s", ", ".join(stalled))
+            elif watchdog_s:
+                notify("WATCHDOG=1")
+            if is_ready and now >= next_beat:
+                next_beat = now + self._settings.heartbeat_s
+                self._presence.publish_heartbeat()
+            if is_ready:
+                self._write_status()
+                self._report_models()
+            if now >= next_keeping:
+                next_keeping = now + _HOUSEKEEPING_S
+                self._forget_old()
+
+    def _report_models(self) -> None:
+        """Publish `reported` again when the repository's links have changed."""
+        stamp = tuple(
+            (path.parent.name, path.lstat().st_mtime_ns)
+            for path in sorted(self._settings.models_dir.glob("*/current"))
+        )
+        if stamp != self._models_stamp:
+            self._models_stamp = stamp
+            self._presence.publish_reported()
+
+    def _forget_old(self) -> None:
+        before_ms = self._clock.wall_ms() - self._settings.store.keep_ends_days * _DAY_MS
+        # Not waited for: with a full disk the writer is busy with more urgent things.
+        self._mailbox.put(Call(lambda tx: self._ledger.delete_old(tx, before_ms, _DELETE_AT_ONCE)))
+        if self._settings.results_dir.is_dir():
+            for path in self._settings.results_dir.glob("*.json"):
+                if path.stat().st_mtime * 1000 < before_ms:
+                    path.unlink(missing_ok=True)
+
+    def _write_status(self) -> None:
+        path = self._settings.runtime_dir / STATUS_FILE
+        text = json.dumps({"at": format_ms(self._clock.wall_ms()), **self._measure()})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text, durable=False)
+        except OSError as exc:
+            log.warning("status file %s: %s", path, exc.strerror)
+
+    def _on_ended(self, ended: Any) -> None:
+        if self._settings.inbox.enabled:
+            self._inbox.notify_ended(ended)
+
+    def _read_jobs(self, job_ids: Any) -> dict[str, dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = self._writer.call(
+            lambda tx: self._ledger.find_jobs(tx, job_ids)
+        )
+        return rows
+
+    # --- what the device says about itself ----------------------------------------------------
+
+    def _describe(self) -> Mapping[str, Any]:
+        """Return the birth certificate's body."""
+        limits = self._settings.limits
+        return {
+            "device": self._settings.device_id,
+            "agent_version": _read_version(),
+            "protocols": PROTOCOL_VERSIONS,
+            "started_at": format_ms(self._started_at),
+            "platform": self._spec.to_json() if self._spec else None,
+            "models": self._describe_models()["models"],
+            "limits": {
+                "payload_bytes": limits.payload_bytes,
+                "open_jobs": limits.open_jobs,
+                "input_bytes": limits.input_bytes,
+            },
+        }
+
+    def _describe_models(self) -> Mapping[str, Any]:
+        models: dict[str, Any] = {}
+        for name in self._repository.list_models():
+            versions = self._repository.list_versions(name)
+            active = next((item for item in versions if item.is_active), None)
+            previous = next((item for item in versions if item.is_previous), None)
+            models[name] = {
+                "active": active and {"version": active.number, "release": active.release},
+                "previous": previous and {"version": previous.number, "release": previous.release},
+                "versions": [item.number for item in versions],
+            }
+        return {"models": models, "status": "in_sync"}
+
+    def _measure(self) -> Mapping[str, Any]:
+        """Return the heartbeat's body."""
+        resources = read_resources(self._settings.data_dir)
+        broker = self._dispatcher.broker
+        return {
+            "uptime_s": round((self._clock.wall_ms() - self._started_at) / 1000, 1),
+            "mqtt": self._session.state if self._settings.mqtt.enabled else "disabled",
+            "queue_broker": "reachable" if broker.reachable else broker.why,
+            "workers": self._dispatcher.count_workers(),
+            "open_jobs": self._writer.open_jobs,
+            "tasks": self._dispatcher.count_under_way(),
+            "outbox": {
+                "depth": self._writer.outbox_depth,
+                "published": self._reporter.counts.published,
+                "republished": self._reporter.counts.republished,
+                "late": self._reporter.counts.late,
+            },
+            "store": self._writer.why_stuck or "ok",
+            "resources": asdict(resources),
+        }
+
+
+def _find_stalled(
+    loops: Mapping[str, Callable[[], int]], seen: dict[str, tuple[int, float]], now: float
+) -> list[str]:
+    """Return the loops that have not turned for too long; keeps `seen` up to date."""
+    stalled = []
+    for name, count in loops.items():
+        turns, since = seen[name]
+        if count() != turns:
+            seen[name] = (count(), now)
+        elif now - since > _STALL_S:
+            stalled.append(name)
+    return stalled
+
+
+def _read_version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("edgeward")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run_agent(settings: Settings) -> None:
+    """Run the agent of this box until a signal ends it."""
+    Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
+    Agent(settings).run()

@@ -1,0 +1,161 @@
+"""The SQLite connection: pragmas, transactions, migrations.
+
+The one module that knows how SQLAlchemy must be talked into real SQLite
+transactions. By default pysqlite opens a transaction late, so that two writers
+that read first lose updates without an error (400 increments gave 114); with
+`isolation_level=None` and BEGIN IMMEDIATE from an event they give 400.
+Measured: design notes "pitfalls", and tests/integration/test_store.py.
+
+Pragmas and their reasons are in docs/operate.md.
+"""
+
+import logging
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlmodel import SQLModel
+
+from agent.errors import StorageFullError, StoreDamagedError, StoreError
+
+log = logging.getLogger(__name__)
+
+HEAD_REVISION = "0001"
+_BUSY_TIMEOUT_MS = 10_000
+# 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
+_JOURNAL_LIMIT_BYTES = 16 << 20
+
+
+def _pragmas(synchronous: str) -> tuple[str, ...]:
+    return (
+        "PRAGMA journal_mode=WAL",
+        f"PRAGMA synchronous={synchronous}",
+        f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}",
+        "PRAGMA foreign_keys=ON",
+        "PRAGMA temp_store=MEMORY",
+        "PRAGMA cache_size=-4096",
+        f"PRAGMA journal_size_limit={_JOURNAL_LIMIT_BYTES}",
+    )
+
+
+def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
+    """Return an engine on the ledger at `path`, creating the file where it is missing.
+
+    Every transaction is BEGIN IMMEDIATE: this is the writer's engine.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), connect_args={"check_same_thread": False}
+    )
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None
+        for pragma in _pragmas(synchronous):
+            connection.execute(pragma)
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def open_reader(path: Path) -> Engine:
+    """Return a read-only engine on an existing ledger, for the command line and checks.
+
+    Raises:
+        StoreError: there is no ledger at `path`.
+    """
+    if not path.is_file():
+        msg = f"no ledger at {path}: has the agent run with this data_dir?"
+        raise StoreError(msg)
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    engine = create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(address, uri=True, timeout=10.0)
+    )
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.execute("PRAGMA query_only=ON")
+
+    return engine
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """Run the block in one transaction; commit at its end, roll back on any error.
+
+    Raises:
+        StorageFullError: the disk has no room.
+        StoreDamagedError: the file is no database, or a page of it is damaged.
+        StoreError: SQLite failed otherwise; trying again may help.
+    """
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except OperationalError as exc:
+        if "full" in str(exc.orig):
+            msg = "the disk that holds the ledger is full: free space, and work goes on"
+            raise StorageFullError(msg) from exc
+        msg = f"the ledger cannot be written: {exc.orig}"
+        raise StoreError(msg) from exc
+    except DatabaseError as exc:
+        if isinstance(exc.orig, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise
+        msg = f"the ledger is damaged: {exc.orig}"
+        raise StoreDamagedError(msg) from exc
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the schema to `HEAD_REVISION`; does nothing, quickly, where it is there.
+
+    An empty file gets the tables as they are today, which is quick and needs no
+    Alembic; a test proves it equal to all migrations. An older schema is
+    upgraded by a child process, so that Alembic's 13 MB do not stay with the agent.
+
+    Raises:
+        StoreDamagedError: the file is damaged, or was written by a newer Edgeward.
+        StoreError: the upgrade failed.
+    """
+    with transaction(engine) as connection:
+        found = _find_revision(connection)
+        if found is None:
+            SQLModel.metadata.create_all(connection)
+            connection.exec_driver_sql(
+                "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
+            )
+            connection.exec_driver_sql("INSERT INTO alembic_version VALUES (?)", (HEAD_REVISION,))
+            return
+    if found == HEAD_REVISION:
+        return
+    if found > HEAD_REVISION:
+        msg = f"the ledger has schema {found}, this Edgeward knows up to {HEAD_REVISION}: update it"
+        raise StoreDamagedError(msg)
+    _upgrade_in_child(engine)
+
+
+def _find_revision(connection: Connection) -> str | None:
+    known = connection.exec_driver_sql(
+        "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+    ).first()
+    if known is None:
+        return None
+    revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    return str(revision or "0000")
+
+
+def _upgrade_in_child(engine: Engine) -> None:
+    argv = [sys.executable, "-m", "agent.store.upgrade", str(engine.url.database)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        msg = f"the ledger's schema could not be upgraded: {done.stderr.strip()[-500:]}"
+        raise StoreError(msg)
+    log.info("ledger schema upgraded to %s", HEAD_REVISION)

@@ -1,0 +1,82 @@
+"""The contract between agent and workers: task names, queues and what travels.
+
+Both sides import this module and nothing else of each other. A task carries
+all it needs as one JSON text, so a worker is stateless; its outcome names the
+queue of the agent that asked, so a worker may run on another box.
+
+Celery's settings live here too, because both sides must agree on them. Their
+reasons: design notes "pitfalls", and docs/adr/0003.
+"""
+
+from typing import Any
+
+import redis
+
+from agent.jobs import Lane
+
+INFER_TASK = "edgeward.infer"
+OUTCOME = "outcome"
+# Workers say that they live in a key of short life: often while they hold tasks.
+HEARTBEAT_PREFIX = "edgeward:worker:"
+HEARTBEAT_BUSY_S = 0.5
+HEARTBEAT_IDLE_S = 1.0
+HEARTBEAT_LIFE_S = 10
+_VISIBILITY_S = 86_400
+
+
+def lane_queue(lane: Lane) -> str:
+    """Return the name of the Celery queue of a lane."""
+    return f"edgeward.{lane}"
+
+
+def outcome_queue(device: str) -> str:
+    """Return the name of the queue that a device's outcomes go to."""
+    return f"outcomes.{device}"
+
+
+def transport_options() -> dict[str, Any]:
+    """Return kombu's options for Redis: short timeouts, no redelivery by the wall clock."""
+    return {
+        # Longer than any task: redelivery is the ledger's business, and this one
+        # uses the wall clock (a jump of two hours ran every task in flight twice).
+        "visibility_timeout": _VISIBILITY_S,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "health_check_interval": 5,
+        "queue_order_strategy": "priority",
+        "max_retries": 0,
+    }
+
+
+def celery_settings(queue_url: str) -> dict[str, Any]:
+    """Return the settings that agent and workers share."""
+    return {
+        "broker_url": queue_url,
+        "broker_transport_options": transport_options(),
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "result_backend": None,
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": False,
+        "task_acks_late": False,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_create_missing_queues": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_send_task_events": False,
+        "task_send_sent_event": False,
+        "worker_enable_remote_control": False,
+        "worker_hijack_root_logger": False,
+        "enable_utc": True,
+    }
+
+
+def heartbeat_key(slot: str) -> str:
+    """Return the broker key in which the worker of a slot says that it lives."""
+    return HEARTBEAT_PREFIX + slot
+
+
+def connect_redis(queue_url: str) -> redis.Redis:
+    """Return a client for the queue broker with short timeouts. Does not connect yet."""
+    url = queue_url.replace("redis+socket://", "unix://", 1)
+    return redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=1.0)
