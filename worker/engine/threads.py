@@ -1,0 +1,23 @@
+"""How many threads a session gets.
+
+Owns one division. Where the cores come from is detection's matter: they are the
+cgroup's (`PlatformSpec.cores`), which `os.cpu_count()` does not know.
+"""
+
+import math
+
+
+def compute_threads(cores: float, instances: int) -> int:
+    """Return the threads inside one operator for each of `instances` sessions, at least 1.
+
+    With 2 cores two sessions of one thread each beat one of two (314 against 189–219
+    requests/s for a MobileNetV2-like CNN). Source: our measurement, x86-64, 2 vCPU,
+    Triton 2.51 against onnxruntime inline.
+
+    Raises:
+        ValueError: there is no instance.
+    """
+    if instances < 1:
+        msg = f"there must be 1 instance or more, not {instances}"
+        raise ValueError(msg)
+    return max(1, math.floor(cores) // instances)

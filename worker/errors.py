@@ -1,0 +1,62 @@
+"""Errors of the worker, each with its stable code.
+
+WorkerError
+├── PreprocessError         a job's input is not what the model's first step takes
+│   └── BadImageError       the bytes are no image that may be decoded
+├── OutputError             a model's outputs cannot become a result
+│   └── NanOutputError      they hold NaN, or an infinite number where JSON needs a finite one
+└── StepError               a manifest's processing cannot be set up
+    ├── UnknownStepError    it names a step that is not installed
+    └── StepParamsError     it gives a step parameters that it does not take
+"""
+
+from typing import ClassVar
+
+
+class WorkerError(Exception):
+    """Anything the worker reports to its callers."""
+
+    code: ClassVar[str] = "worker_error"
+    retryable: ClassVar[bool] = False
+
+
+class PreprocessError(WorkerError):
+    """A job's input is not what the model's preprocessing takes."""
+
+    code = "bad_input_data"
+
+
+class BadImageError(PreprocessError):
+    """The bytes are no image, a damaged one, or one too large to decode."""
+
+    code = "bad_image"
+
+
+class OutputError(WorkerError):
+    """A model's outputs do not fit the postprocessing that its manifest names."""
+
+    code = "bad_model_output"
+
+
+class NanOutputError(OutputError):
+    """The model answered with NaN, or with an infinite number that JSON cannot carry."""
+
+    code = "nan_output"
+
+
+class StepError(WorkerError):
+    """The processing that a manifest names cannot be set up."""
+
+    code = "bad_processing"
+
+
+class UnknownStepError(StepError):
+    """The manifest names a processing step that is not installed, or cannot be loaded."""
+
+    code = "unknown_processing_step"
+
+
+class StepParamsError(StepError):
+    """The manifest gives a processing step parameters that it does not take."""
+
+    code = "bad_processing_params"

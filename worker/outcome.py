@@ -1,0 +1,71 @@
+"""Outcomes: what a worker says of a task, to the agent that asked.
+
+Owns the message's form and its sending. The queue is named by the task, so a
+worker on another box of the site answers just the same.
+"""
+
+import time
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from agent.tasks import OUTCOME
+
+# The broker may be away for a while; the ledger's leases outlast this.
+_RETRY = {"max_retries": 60, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1.0}
+
+
+def now_ms() -> int:
+    """Return wall-clock milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def build_outcome(
+    item: dict[str, Any],
+    started_ms: int,
+    *,
+    state: str,
+    code: str,
+    message: str = "",
+    result: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the outcome of one job of a task.
+
+    Args:
+        item: the job as the task carries it.
+        started_ms: when its run began.
+        state: the state that it ends in.
+        code: the stable code of the reason.
+        message: the reason for people.
+        result: the result record, where there is one.
+    """
+    return {
+        "id": item["id"],
+        "attempt": item["attempt"],
+        "state": state,
+        "reason": {"code": code, "message": message},
+        "started_ms": started_ms,
+        "ended_ms": now_ms(),
+        "result": result,
+    }
+
+
+def send_outcomes(app: Celery, task: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
+    """Send the outcomes of a task's jobs to the agent's queue.
+
+    Raises:
+        kombu.exceptions.OperationalError: the broker was away for a minute; the
+            agent will find the task lost and run its jobs again.
+    """
+    body = {"kind": OUTCOME, "task": task["task"], "model": task["model"], "jobs": jobs}
+    with app.producer_pool.acquire(block=True) as producer:
+        producer.publish(
+            body,
+            routing_key=task["reply"],
+            exchange="",
+            serializer="json",
+            declare=[Queue(task["reply"], durable=True)],
+            retry=True,
+            retry_policy=_RETRY,
+        )
