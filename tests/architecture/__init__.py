@@ -1,0 +1,1 @@
+"""What the code promises about itself: documents, import rules, error codes, the state machine."""
