@@ -39,3 +39,9 @@ class TensorError(PlatformError):
     """An input tensor has the wrong name, shape, dtype or content for the model."""
 
     code = "bad_tensor"
+
+
+class InferenceError(PlatformError):
+    """The runtime failed while it ran a model on inputs that fit it."""
+
+    code = "inference_failed"

@@ -52,12 +52,6 @@ DATATYPES: Mapping[np.dtype[Any], Datatype] = MappingProxyType(
 )
 
 
-class InferenceError(PlatformError):
-    """The runtime failed while it ran a model on inputs that fit it."""
-
-    code = "inference_failed"
-
-
 @dataclass(frozen=True)
 class LoadOptions:
     """How a session is to run."""

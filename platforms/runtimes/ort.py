@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
-from platforms.errors import ModelLoadError, TensorError
-from platforms.runtimes.base import Array, InferenceError, LoadOptions, Runtime, Session
+from platforms.errors import InferenceError, ModelLoadError, TensorError
+from platforms.runtimes.base import Array, LoadOptions, Runtime, Session
 from platforms.runtimes.onnx_locations import read_external_locations
 
 _LIBRARY = "onnxruntime"

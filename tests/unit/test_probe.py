@@ -1,7 +1,6 @@
 """The probe on a tree of files made here, and on this machine."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from platforms.probe import (
     probe_power_mode,
     probe_thermal,
 )
+from tests.harness.users import open_folder, ordinary_user
 from tests.unit.recorded import NAMES, read_probe
 
 
@@ -150,13 +150,13 @@ def test_device_nodes_are_listed_with_their_permission(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every node")
-def test_node_that_is_closed_to_this_user_is_not_accessible(tmp_path: Path) -> None:
-    write_tree(tmp_path, {"dev/apex_0": ""})
-    (tmp_path / "dev/apex_0").chmod(0)
-    assert probe_box(tmp_path, tmp_path).device_nodes == (
-        DeviceNode("/dev/apex_0", accessible=False),
-    )
+def test_node_that_is_closed_to_this_user_is_not_accessible() -> None:
+    with open_folder() as root:
+        write_tree(root, {"dev/apex_0": ""})
+        (root / "dev/apex_0").chmod(0)
+        with ordinary_user():
+            nodes = probe_box(root, root).device_nodes
+    assert nodes == (DeviceNode("/dev/apex_0", accessible=False),)
 
 
 def test_pci_lists_displays_and_accelerators_with_their_driver(tmp_path: Path) -> None:

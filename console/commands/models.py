@@ -1,0 +1,194 @@
+"""`edgeward models`: the model repository of this box."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from console.errors import InputFileError
+from console.invocation import Invocation, command
+from console.output import build_table
+from platforms.artifact import Precision
+
+if TYPE_CHECKING:
+    from agent.repository import ModelRepository, ModelVersion
+
+app = typer.Typer(help="Models on this box.", no_args_is_help=True)
+
+_SHOWN_FROM_BYTES = 64 << 20
+"""A smaller copy is over before a person has seen a bar."""
+_POLL_S = 0.1
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")]
+
+
+def add_model(
+    call: Invocation,
+    name: NameArgument,
+    path: Annotated[Path, typer.Argument(help="A folder with manifest.json, or an .onnx file.")],
+    activate: Annotated[
+        bool, typer.Option(help="Whether to make it the active version at once.")
+    ] = True,
+    release: Annotated[
+        str | None, typer.Option(help="The version's name, for an .onnx file.")
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights, for an .onnx file.")
+    ] = Precision.FP32,
+) -> None:
+    """Add a version of a model and make it the active one."""
+    import tempfile
+
+    repository = _open(call)
+    if path.is_dir():
+        found = _copy(call, repository, path, name, activate=activate)
+    elif path.suffix == ".onnx" and path.is_file():
+        from console.onnx_import import write_onnx_version
+
+        _check_name(name)
+        with tempfile.TemporaryDirectory(prefix="edgeward-import-") as folder:
+            write_onnx_version(path, Path(folder), name, release=release, precision=precision)
+            found = _copy(call, repository, Path(folder), name, activate=activate)
+    else:
+        msg = f"{path} is neither a folder with manifest.json nor an .onnx file"
+        raise InputFileError(msg)
+    _show(call, found)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no manifest may have, before the work.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    import re
+
+    from agent.manifest import NAME_PATTERN
+
+    if not re.match(NAME_PATTERN, name):
+        raise typer.BadParameter(f"{name!r} does not match {NAME_PATTERN}", param_hint="NAME")
+
+
+def _copy(
+    call: Invocation, repository: "ModelRepository", source: Path, name: str, *, activate: bool
+) -> "ModelVersion":
+    total = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    if total < _SHOWN_FROM_BYTES:
+        return repository.add(source, name, activate=activate)
+    with _watch_copy(call, call.settings.models_dir / ".blobs", total):
+        return repository.add(source, name, activate=activate)
+
+
+@contextmanager
+def _watch_copy(call: Invocation, blobs: Path, total: int) -> Iterator[None]:
+    """Show how the blobs grow while the block runs."""
+
+    def measure() -> int:
+        return sum(path.stat().st_size for path in blobs.glob("*") if path.is_file())
+
+    with call.out.progress("MB") as progress:
+        if progress is None:
+            yield
+            return
+        task = progress.add_task("copying", total=total / 1e6)
+        before, over = measure(), threading.Event()
+
+        def follow() -> None:
+            while not over.wait(_POLL_S):
+                progress.update(task, completed=(measure() - before) / 1e6)
+
+        follower = threading.Thread(target=follow, name="progress", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join()
+
+
+def list_models(call: Invocation) -> None:
+    """List models and their versions; the active one is marked."""
+    repository = _open(call)
+    versions = [
+        item for name in repository.list_models() for item in repository.list_versions(name)
+    ]
+    rows = [
+        (item.name, item.number, item.release, _word_role(item), str(item.folder))
+        for item in versions
+    ]
+    call.out.show(
+        [_to_document(item) for item in versions],
+        lambda: (
+            build_table(("Model", "Version", "Release", "", "Folder"), rows)
+            if rows
+            else "no models yet: edgeward models add NAME PATH"
+        ),
+    )
+
+
+def _word_role(version: "ModelVersion") -> str:
+    if version.is_active:
+        return "active"
+    return "previous" if version.is_previous else " "
+
+
+def activate_version(
+    call: Invocation,
+    name: NameArgument,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Number or release.")],
+) -> None:
+    """Make a version the active one."""
+    _show(call, _open(call).activate(name, version))
+
+
+def roll_back(call: Invocation, name: NameArgument) -> None:
+    """Go back to the version that was active before."""
+    _show(call, _open(call).roll_back(name))
+
+
+def remove_version(
+    call: Invocation,
+    name: NameArgument,
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="Else the whole model.")
+    ] = None,
+) -> None:
+    """Remove a version, or a whole model."""
+    removed = _open(call).remove(name, version)
+    numbers = ", ".join(map(str, removed))
+    call.out.show({"model": name, "removed": removed}, lambda: f"removed {name} {numbers}")
+
+
+def _open(call: Invocation) -> "ModelRepository":
+    from agent.repository import ModelRepository
+
+    return ModelRepository(call.settings.models_dir)
+
+
+def _show(call: Invocation, found: "ModelVersion") -> None:
+    role = "active" if found.is_active else "not active"
+    call.out.show(
+        _to_document(found),
+        lambda: f"{found.name}: version {found.number} (release {found.release}) is {role}",
+    )
+
+
+def _to_document(version: "ModelVersion") -> dict[str, Any]:
+    return {
+        "model": version.name,
+        "version": version.number,
+        "release": version.release,
+        "active": version.is_active,
+        "previous": version.is_previous,
+        "folder": str(version.folder),
+    }
+
+
+command(app, "add")(add_model)
+command(app, "list")(list_models)
+command(app, "activate")(activate_version)
+command(app, "rollback")(roll_back)
+command(app, "remove")(remove_version)

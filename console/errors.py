@@ -1,0 +1,79 @@
+"""Errors of the console layer, each with its stable code.
+
+ConsoleError
+├── BrokerMissingError    no program that could serve as a broker is installed
+├── ChildStartError       a child process did not get ready
+├── AlreadyUpError        another `edgeward up` owns the data folder
+├── AgentDownError        what was asked needs the agent, and it does not run
+├── JobNotFoundError      the ledger has no such job
+├── WaitTimedOutError     what was waited for did not come in time
+├── DemoStepError         a step of the demo did not show what it should
+└── InputFileError        a file named on the command line cannot be used as an input
+    └── InlineTooLargeError   it is too large to travel inside a command
+"""
+
+from typing import ClassVar
+
+
+class ConsoleError(Exception):
+    """Anything the command line reports that is not a lower layer's own error."""
+
+    code: ClassVar[str] = "console_error"
+    retryable: ClassVar[bool] = False
+
+
+class BrokerMissingError(ConsoleError):
+    """No program that could serve as a broker is installed, or none of them runs here."""
+
+    code = "broker_missing"
+
+
+class ChildStartError(ConsoleError):
+    """A child process ended, or stayed silent for too long, before it was ready."""
+
+    code = "child_start_failed"
+    retryable = True
+
+
+class AlreadyUpError(ConsoleError):
+    """Another `edgeward up` runs on the same data folder."""
+
+    code = "already_up"
+
+
+class AgentDownError(ConsoleError):
+    """The agent of this data folder does not run."""
+
+    code = "agent_down"
+    retryable = True
+
+
+class JobNotFoundError(ConsoleError):
+    """The ledger has no job of that id."""
+
+    code = "unknown_job"
+
+
+class WaitTimedOutError(ConsoleError):
+    """What was waited for did not come in time; it may still come."""
+
+    code = "wait_timed_out"
+    retryable = True
+
+
+class DemoStepError(ConsoleError):
+    """A step of the demo did not show what it should."""
+
+    code = "demo_step_failed"
+
+
+class InputFileError(ConsoleError):
+    """A file named on the command line is missing, unreadable or not of the form it should be."""
+
+    code = "bad_input_file"
+
+
+class InlineTooLargeError(InputFileError):
+    """A file is too large to travel inside a command; it can go by reference."""
+
+    code = "inline_too_large"

@@ -1,0 +1,1 @@
+"""Claims about unbounded input, tried by hypothesis."""
