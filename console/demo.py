@@ -399,7 +399,12 @@ def run_demo(
 def _own_folder(given: Path | None) -> Iterator[Path]:
     folder = (given or Path(tempfile.mkdtemp(prefix="edgeward-demo-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except (KeyboardInterrupt, *EXPECTED_ERRORS):
+        if given is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _tell(

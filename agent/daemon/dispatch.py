@@ -289,7 +289,7 @@ class Dispatcher(threading.Thread):
 
     def run(self) -> None:
         """Send and check until stopped."""
-        self._contact()
+        self._check()
         while True:
             try:
                 task = self._to_send.get(timeout=_CHECK_PERIOD_S)
