@@ -32,6 +32,7 @@ VERSION = 1
 _STRICT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 SUBMIT = "job.submit"
 CANCEL = "job.cancel"
+_SERIES = 32**3
 
 # Handlers a job may name, with the lane each runs in unless the job says another.
 HANDLERS: dict[str, Lane] = {"infer": Lane.INFERENCE, "infer.batch": Lane.BATCH}
@@ -40,6 +41,29 @@ HANDLERS: dict[str, Lane] = {"infer": Lane.INFERENCE, "infer.batch": Lane.BATCH}
 def new_id() -> str:
     """Return a new ULID: 26 characters that sort by time of making."""
     return str(ULID())
+
+
+class IdSeries:
+    """ULIDs for the messages of one process, at a tenth of the price of `new_id`.
+
+    The first 23 characters, the time and 65 random bits, are those of one ULID;
+    the last three count. A new one begins every 2¹⁵ ids.
+    """
+
+    _DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+    def __init__(self) -> None:
+        self._pairs = tuple(a + b for a in self._DIGITS for b in self._DIGITS)
+        self._head = ""
+        self._count = _SERIES
+
+    def next(self) -> str:
+        """Return the next id; not for several threads."""
+        if self._count == _SERIES:
+            self._head, self._count = new_id()[:23], 0
+        high, low = divmod(self._count, len(self._DIGITS))
+        self._count += 1
+        return self._head + self._pairs[high] + self._DIGITS[low]
 
 
 class _Wire(BaseModel):

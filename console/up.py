@@ -39,7 +39,7 @@ QUEUE, MQTT, AGENT, WORKER = "queue", "mqtt", "agent", "worker"
 _LOCK_FILE = "up.lock"
 _LOOPBACK_HOSTS = {LOOPBACK, "localhost", "::1"}
 # -P: the working directory is not put on the path, whatever it holds.
-_PROGRAM = (sys.executable, "-P", "-m", "console.cli")
+_PROGRAM = (sys.executable, "-P", "-m", "console.entry")
 
 
 @dataclass(frozen=True)

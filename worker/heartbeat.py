@@ -27,6 +27,7 @@ from agent.tasks import (
     HEARTBEAT_LIFE_S,
     connect_redis,
     heartbeat_key,
+    read_epoch,
 )
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Heartbeat(threading.Thread):
         self._turned = turned
         self._stopping = threading.Event()
         self._wake = threading.Event()
-        self._run_id: str | None = None
+        self._epoch: str | None = None
         self._is_idle = True
 
     def run(self) -> None:
@@ -86,12 +87,11 @@ class Heartbeat(threading.Thread):
         return bool(held)
 
     def _check_broker(self, client: redis.Redis) -> None:
-        info = client.info("server")
-        run_id = str(info["run_id"])
-        if self._run_id not in (None, run_id):
+        epoch = read_epoch(client)
+        if self._epoch not in (None, epoch):
             log.warning("queue broker was restarted: this worker restarts too")
             os.kill(os.getpid(), signal.SIGTERM)
-        self._run_id = run_id
+        self._epoch = epoch
 
     def _withdraw(self, client: redis.Redis) -> None:
         try:

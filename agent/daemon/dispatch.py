@@ -19,8 +19,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import redis
-from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu import Connection as QueueConnection
+from kombu import Producer, Queue
+from kombu.exceptions import KombuError
 from sqlalchemy import Connection
 
 from agent.clock import Clock
@@ -32,10 +33,12 @@ from agent.store.ledger import Ledger, ReadyJob
 from agent.tasks import (
     HEARTBEAT_PREFIX,
     INFER_TASK,
-    celery_settings,
+    celery_message,
     connect_redis,
     lane_queue,
     outcome_queue,
+    read_epoch,
+    transport_options,
 )
 
 log = logging.getLogger(__name__)
@@ -43,10 +46,11 @@ log = logging.getLogger(__name__)
 # A bundle should not hold a worker's thread much longer, so that urgent work gets its turn.
 _BUNDLE_TARGET_MS = 250.0
 _CHECK_PERIOD_S = 1.0
+_IDLE_CHECK_S = 3.0
 # So many tasks keep the workers of a lane busy until the next turn.
 _FED = 4
 _SPREAD = 4
-_READ_JOBS = 512
+_READ_JOBS = 256
 _EWMA = 0.3
 # Celery names every task, queue and header; a generous bound per job beside its body.
 _JOB_OVERHEAD_BYTES = 256
@@ -86,7 +90,7 @@ class BrokerState:
     """The queue broker as last seen."""
 
     reachable: bool = False
-    run_id: str | None = None
+    epoch: str | None = None
     why: str = "not contacted yet"
 
 
@@ -124,8 +128,7 @@ class Dispatcher(threading.Thread):
         self._announced: set[str] = set()
         self._per_job_ms: dict[str, float] = {}
         self._to_send: SimpleQueue[Task | None] = SimpleQueue()
-        self._celery = Celery("edgeward-agent", set_as_current=False)
-        self._celery.conf.update(celery_settings(queue_url))
+        self._producer: Producer | None = None
         self._redis: redis.Redis | None = None
         self._next_check_ms = 0
         self.broker = BrokerState()
@@ -292,7 +295,8 @@ class Dispatcher(threading.Thread):
         self._check()
         while True:
             try:
-                task = self._to_send.get(timeout=_CHECK_PERIOD_S)
+                idle = not self._under_way and self.broker.reachable
+                task = self._to_send.get(timeout=_IDLE_CHECK_S if idle else _CHECK_PERIOD_S)
             except Empty:
                 self._check()
                 continue
@@ -308,27 +312,34 @@ class Dispatcher(threading.Thread):
             if state is not None:
                 state.seen_ms, state.sent = self._clock.boot_ms(), True
         try:
-            self._celery.send_task(
-                INFER_TASK,
-                args=(task.payload,),
-                task_id=task.task_id,
-                queue=lane_queue(task.lane),
-                ignore_result=True,
-                retry=False,
-            )
-        except (OperationalError, redis.RedisError, OSError) as exc:
+            self._publish(task)
+        except (KombuError, redis.RedisError, OSError) as exc:
             self._mark_unreachable(exc)
             self.forget([task.task_id])
             # It may have arrived all the same; its attempt is fenced then.
             self._post(TasksLost((task.task_id,), "queue_unreachable", "not sent", counts=False))
+
+    def _publish(self, task: Task) -> None:
+        if self._producer is None:
+            connection = QueueConnection(self._queue_url, transport_options=transport_options())
+            self._producer = Producer(connection.channel(), serializer="json")
+        body, headers = celery_message(INFER_TASK, task.task_id, task.payload)
+        self._producer.publish(
+            body,
+            routing_key=lane_queue(task.lane),
+            headers=headers,
+            correlation_id=task.task_id,
+            declare=[Queue(lane_queue(task.lane), durable=True)],
+        )
 
     def _mark_unreachable(self, exc: Exception) -> None:
         if self.broker.reachable:
             log.warning("queue broker: %s; jobs wait in the ledger", exc)
         self.broker.reachable = False
         self.broker.why = str(exc)
-        # A pooled connection may be half dead: the next contact makes a new one.
+        # Connections may be half dead: the next contact makes new ones.
         self._redis = None
+        self._producer = None
 
     def _check(self) -> None:
         self.turns += 1
@@ -346,16 +357,15 @@ class Dispatcher(threading.Thread):
         try:
             if self._redis is None:
                 self._redis = connect_redis(self._queue_url)
-            info: Any = self._redis.info("server")
+            epoch = read_epoch(self._redis)
         except (redis.RedisError, OSError) as exc:
             self._mark_unreachable(exc)
             return False
-        run_id = str(info.get("run_id"))
         back = not self.broker.reachable
-        if self.broker.run_id not in (None, run_id):
+        if self.broker.epoch not in (None, epoch):
             log.warning("queue broker was restarted: its tasks are dispatched again")
             self._give_up_unheld()
-        self.broker = BrokerState(reachable=True, run_id=run_id, why="")
+        self.broker = BrokerState(reachable=True, epoch=epoch, why="")
         if back:
             log.info("queue broker reached")
             self._post(Wake())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from agent.clock import Clock, format_ms
-from agent.commands import new_id
+from agent.commands import IdSeries
 from agent.config import Settings
 from agent.daemon.messages import Acknowledged, Connected
 from agent.daemon.mqtt import MqttSession, pack_properties
@@ -45,6 +45,7 @@ class Reporter:
 
     def __init__(self, settings: Settings, session: MqttSession, clock: Clock) -> None:
         self._session = session
+        self._ids = IdSeries()
         self._clock = clock
         self._limit = settings.mqtt.inflight
         self._coalesce_ms = int(settings.outbox.coalesce_s * 1000)
@@ -129,7 +130,7 @@ class Reporter:
         now_ms = self._clock.wall_ms()
         for record in records:
             late = now_ms - record.created_ms > _HISTORIC_AFTER_MS
-            message_id = new_id()
+            message_id = self._ids.next()
             mid = self._session.publish(
                 record.topic,
                 self._envelope(record, message_id, late=late),

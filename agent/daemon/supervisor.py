@@ -25,6 +25,7 @@ from agent.config import Settings
 from agent.daemon.dispatch import Dispatcher
 from agent.daemon.inbox import Inbox
 from agent.daemon.intake import Intake
+from agent.daemon.memory import limit_arenas, release_memory
 from agent.daemon.messages import Call, Message, Wake
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.outcomes import OutcomeConsumer
@@ -48,8 +49,8 @@ STATUS_FILE = "status.json"
 _TICK_S = 1.0
 _STALL_S = 20.0
 _DAY_MS = 86_400_000
-# 50 jobs a second can be forgotten, which is more than an edge box is asked for day after day.
-_HOUSEKEEPING_S = 60.0
+# 100 jobs a second can be forgotten, which is more than an edge box is asked for day after day.
+_HOUSEKEEPING_S = 30.0
 _DELETE_AT_ONCE = 3000
 
 
@@ -219,13 +220,14 @@ class Agent:
         seen = {name: (0, time.monotonic()) for name in loops}
         next_beat = next_keeping = 0.0
         watchdog_s = watchdog_period_s()
-        is_ready = False
+        is_ready = was_busy = False
         while not self._stop.wait(_TICK_S if is_ready else 0.02):
             now = time.monotonic()
             stalled = _find_stalled(loops, seen, now)
             if not is_ready and all(count() for count in loops.values()):
                 is_ready = True
                 notify("READY=1")
+                release_memory()
             if stalled:
                 log.error("these loops stand still: %s", ", ".join(stalled))
             elif watchdog_s:
@@ -234,11 +236,20 @@ class Agent:
                 next_beat = now + self._settings.heartbeat_s
                 self._presence.publish_heartbeat()
             if is_ready:
+                was_busy = self._release_after(was_busy)
                 self._write_status()
                 self._report_models()
             if now >= next_keeping:
                 next_keeping = now + _HOUSEKEEPING_S
                 self._forget_old()
+                release_memory()
+
+    def _release_after(self, was_busy: bool) -> bool:
+        """Give memory back when a burst is over; say whether one is going on."""
+        is_busy = self._writer.open_jobs > 0
+        if was_busy and not is_busy:
+            release_memory()
+        return is_busy
 
     def _report_models(self) -> None:
         """Publish `reported` again when the repository's links have changed."""
@@ -357,5 +368,6 @@ def _read_version() -> str:
 
 def run_agent(settings: Settings) -> None:
     """Run the agent of this box until a signal ends it."""
+    limit_arenas()
     Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
     Agent(settings).run()

@@ -46,7 +46,7 @@ from agent.store.outbox import Record, count_records
 
 log = logging.getLogger(__name__)
 
-_MAX_BATCH = 512
+_MAX_BATCH = 128
 _IDLE_S = 1.0
 _MORE_S = 0.02
 # Acknowledgements alone are not worth a disk flush: they wait for company.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError
 from sqlmodel import SQLModel
 
 from agent.errors import StorageFullError, StoreDamagedError, StoreError
@@ -39,7 +39,7 @@ def _pragmas(synchronous: str) -> tuple[str, ...]:
         f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}",
         "PRAGMA foreign_keys=ON",
         "PRAGMA temp_store=MEMORY",
-        "PRAGMA cache_size=-4096",
+        "PRAGMA cache_size=-512",
         f"PRAGMA journal_size_limit={_JOURNAL_LIMIT_BYTES}",
     )
 
@@ -50,7 +50,6 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
     Every transaction is BEGIN IMMEDIATE: this is the writer's engine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    address = f"{path.absolute().as_uri()}?mode=ro"
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"check_same_thread": False}
     )
@@ -101,17 +100,24 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except OperationalError as exc:
-        if "full" in str(exc.orig):
-            msg = "the disk that holds the ledger is full: free space, and work goes on"
-            raise StorageFullError(msg) from exc
-        msg = f"the ledger cannot be written: {exc.orig}"
-        raise StoreError(msg) from exc
     except DatabaseError as exc:
-        if isinstance(exc.orig, sqlite3.IntegrityError | sqlite3.ProgrammingError):
-            raise
-        msg = f"the ledger is damaged: {exc.orig}"
-        raise StoreDamagedError(msg) from exc
+        raise _translate(exc.orig, exc) from exc
+    except sqlite3.DatabaseError as exc:
+        # From a statement of the hot path, which talks to SQLite itself.
+        raise _translate(exc, exc) from exc
+
+
+def _translate(cause: BaseException | None, error: Exception) -> Exception:
+    """Return the store's error for one of SQLite's; a defect of ours stays what it is."""
+    if isinstance(cause, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+        return error
+    if not isinstance(cause, sqlite3.OperationalError):
+        return StoreDamagedError(f"the ledger is damaged: {cause}")
+    if "full" in str(cause):
+        return StorageFullError(
+            "the disk that holds the ledger is full: free space, and work goes on"
+        )
+    return StoreError(f"the ledger cannot be written: {cause}")
 
 
 def migrate(engine: Engine) -> None:

@@ -16,14 +16,18 @@ only the agent calls those that write. Nothing here touches MQTT or Celery.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
+    Insert,
     Integer,
+    Table,
+    TableClause,
     bindparam,
     func,
     insert,
@@ -37,7 +41,7 @@ from agent.commands import encode, is_same_body
 from agent.jobs import ENDS, JobState, Lane, Reason, Source, path_to
 from agent.store import outbox
 from agent.store.records import build_event, build_result, build_state
-from agent.store.statements import Statement
+from agent.store.statements import Bulk, Statement
 from agent.store.tables import Job, Transition
 from agent.topics import Topics
 
@@ -183,21 +187,33 @@ _INSERTED = (
     "on_interrupt",
     "run_timeout_s",
 )
-_WRITTEN = ("seq", *_CHANGED)
-_INSERT_JOB = Statement(insert(_JOBS), _INSERTED)
-_INSERT_TRANSITION = Statement(
-    insert(_TRANSITIONS), ("job_id", "rev", "state", "at_ms", "attempt", "reason_code")
+
+
+def _insert_into(table: Table) -> Callable[[TableClause, Mapping[str, ColumnElement[Any]]], Insert]:
+    return lambda rows, values: insert(table).from_select(
+        list(values), select(*values.values()).select_from(rows)
+    )
+
+
+_INSERT_JOB = Bulk(_INSERTED, _insert_into(_JOBS))
+_INSERT_TRANSITION = Bulk(
+    ("job_id", "rev", "state", "at_ms", "attempt", "reason_code"), _insert_into(_TRANSITIONS)
 )
-# The rows hold the changed columns under their own names; `seq` finds the row.
-_UPDATE = Statement(
-    update(_JOBS)
-    .where(_JOBS.c.seq == bindparam("b_seq"))
-    .values({name: bindparam(f"b_{name}") for name in _CHANGED})
+_UPDATE = Bulk(
+    ("seq", *_CHANGED),
+    lambda rows, values: (
+        update(_JOBS)
+        .where(_JOBS.c.seq == values["seq"])
+        .values({name: values[name] for name in _CHANGED})
+    ),
 )
-_ASSIGN = Statement(
-    update(_JOBS)
-    .where(_JOBS.c.seq == bindparam("b_seq"))
-    .values(attempt=_JOBS.c.attempt + literal_column("1"), task_id=bindparam("b_task"))
+_ASSIGN = Bulk(
+    ("seq", "task_id"),
+    lambda rows, values: (
+        update(_JOBS)
+        .where(_JOBS.c.seq == values["seq"])
+        .values(attempt=_JOBS.c.attempt + literal_column("1"), task_id=values["task_id"])
+    ),
 )
 _READY = Statement(
     select(*(_JOBS.c[name] for name in ReadyJob._fields))
@@ -311,8 +327,8 @@ class Ledger:
     def _insert(self, tx: Connection, rows: list[Row], now_ms: int) -> None:
         if not rows:
             return
-        _INSERT_JOB.run_many(tx, rows)
-        _INSERT_TRANSITION.run_many(tx, [_history(row, row["state"], now_ms) for row in rows])
+        _INSERT_JOB.run(tx, rows)
+        _INSERT_TRANSITION.run(tx, [_history(row, row["state"], now_ms) for row in rows])
         outbox.add_states(tx, [build_state(self._topics, row, now_ms) for row in rows])
 
     def _conflict(self, job: NewJob, row: Row, now_ms: int) -> dict[str, object]:
@@ -376,8 +392,8 @@ class Ledger:
 
     def assign(self, tx: Connection, tasks: Iterable[tuple[str, Sequence[ReadyJob]]]) -> None:
         """Start a new attempt of each job, carried by the task of that id."""
-        rows = [{"b_seq": job.seq, "b_task": task} for task, jobs in tasks for job in jobs]
-        _ASSIGN.run_many(tx, rows)
+        rows = [{"seq": job.seq, "task_id": task} for task, jobs in tasks for job in jobs]
+        _ASSIGN.run(tx, rows)
 
     def record_started(self, tx: Connection, task_ids: Collection[str]) -> None:
         """Move the queued jobs of these tasks to `running`."""
@@ -475,10 +491,8 @@ class Ledger:
     def _write(self, tx: Connection, changes: _Changes) -> list[EndedJob]:
         # A job may have moved twice in one batch: its row and its report are written once.
         rows = {row["seq"]: row for row in changes.jobs}
-        _UPDATE.run_many(
-            tx, [{f"b_{name}": row[name] for name in _WRITTEN} for row in rows.values()]
-        )
-        _INSERT_TRANSITION.run_many(tx, changes.history)
+        _UPDATE.run(tx, list(rows.values()))
+        _INSERT_TRANSITION.run(tx, changes.history)
         outbox.add_states(
             tx,
             [

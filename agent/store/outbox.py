@@ -9,14 +9,28 @@ other side has acknowledged it.
 All functions run inside the caller's transaction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Integer, bindparam, delete, func, insert, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    TableClause,
+    bindparam,
+    delete,
+    func,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.dialects.sqlite import Insert
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from agent.store.statements import Statement
+from agent.commands import encode
+from agent.store.statements import Bulk, Statement
 from agent.store.tables import Counter, OutboxRecord
 
 _OUTBOX = OutboxRecord.__table__  # type: ignore[attr-defined]
@@ -50,21 +64,38 @@ class Record(NamedTuple):
 
 
 _INSERTED = ("rank", "kind", "job_id", "topic", "type", "retained", "ttl_s", "body", "created_ms")
+_REPLACED = ("rank", "ttl_s", "body", "created_ms")
 _COLUMNS = [_OUTBOX.c[name] for name in Record._fields]
-_upsert = upsert(_OUTBOX)
-_UPSERT_STATE = Statement(
-    _upsert.on_conflict_do_update(
+
+
+def _insert_all(rows: TableClause, values: Mapping[str, ColumnElement[Any]]) -> Insert:
+    # SQLite takes ON CONFLICT after a SELECT for a join condition unless there is a WHERE.
+    source = select(*values.values()).select_from(rows).where(true())
+    return upsert(_OUTBOX).from_select(list(values), source)
+
+
+def _insert_or_replace(rows: TableClause, values: Mapping[str, ColumnElement[Any]]) -> Insert:
+    statement = _insert_all(rows, values)
+    return statement.on_conflict_do_update(
         index_elements=["job_id"],
         index_where=text("kind = 'state' AND seq IS NULL"),
-        set_={name: _upsert.excluded[name] for name in ("rank", "ttl_s", "body", "created_ms")},
+        set_={name: statement.excluded[name] for name in _REPLACED},
+    )
+
+
+_UPSERT_STATE = Bulk(_INSERTED, _insert_or_replace)
+_INSERT = Bulk(_INSERTED, _insert_all)
+_NUMBER = Bulk(
+    ("id", "seq"),
+    lambda rows, values: (
+        update(_OUTBOX).where(_OUTBOX.c.id == values["id"]).values(seq=values["seq"])
     ),
-    _INSERTED,
 )
-_INSERT = Statement(insert(_OUTBOX), _INSERTED)
-_NUMBER = Statement(
-    update(_OUTBOX).where(_OUTBOX.c.id == bindparam("b_id")).values(seq=bindparam("b_seq"))
+_DELETE = Statement(
+    delete(_OUTBOX).where(
+        _OUTBOX.c.seq.in_(select(func.json_each(bindparam("b_seqs")).table_valued("value")))
+    )
 )
-_DELETE = Statement(delete(_OUTBOX).where(_OUTBOX.c.seq == bindparam("b_seq")))
 _unsent = select(*_COLUMNS).where(_OUTBOX.c.seq.is_(None))
 _SELECT_URGENT = Statement(
     _unsent.where(_OUTBOX.c.rank != Rank.EARLY.value)
@@ -87,12 +118,12 @@ _HAS_UNSENT = Statement(select(_OUTBOX.c.id).where(_OUTBOX.c.seq.is_(None)).limi
 
 def add_states(tx: Connection, rows: Sequence[dict[str, object]]) -> None:
     """Write job states, each replacing the job's state that is not on the wire yet."""
-    _UPSERT_STATE.run_many(tx, rows)
+    _UPSERT_STATE.run(tx, rows)
 
 
 def add_records(tx: Connection, rows: Sequence[dict[str, object]]) -> None:
     """Write results, events and other records."""
-    _INSERT.run_many(tx, rows)
+    _INSERT.run(tx, rows)
 
 
 def take_unsent(tx: Connection, limit: int, early_before_ms: int, first_seq: int) -> list[Record]:
@@ -113,7 +144,7 @@ def take_unsent(tx: Connection, limit: int, early_before_ms: int, first_seq: int
     chosen = urgent + early[: limit - len(urgent)]
     numbered = [Record(row[0], seq, *row[2:]) for seq, row in enumerate(chosen, first_seq)]
     if numbered:
-        _NUMBER.run_many(tx, [{"b_id": row.id, "b_seq": row.seq} for row in numbered])
+        _NUMBER.run(tx, [{"id": row.id, "seq": row.seq} for row in numbered])
         save_counter(tx, "seq", first_seq + len(numbered) - 1)
     return numbered
 
@@ -129,7 +160,9 @@ def find_sent(tx: Connection, after: int, upto: int, limit: int) -> list[Record]
 
 def delete_acknowledged(tx: Connection, seqs: Iterable[int]) -> None:
     """Remove records that the other side has."""
-    _DELETE.run_many(tx, [{"b_seq": seq} for seq in seqs])
+    chosen = list(seqs)
+    if chosen:
+        _DELETE.run(tx, b_seqs=encode(chosen))
 
 
 def count_records(tx: Connection) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
-from platforms.errors import ModelLoadError, PlatformError, RuntimeMissingError, TensorError
+from platforms.errors import ModelLoadError, RuntimeMissingError, TensorError
 
 Array = NDArray[Any]
 

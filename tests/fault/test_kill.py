@@ -146,9 +146,8 @@ def test_agent_killed_among_folder_jobs_delivers_each_result_once(
     for name in names:
         write_input(inbox / f"{name}.part", inbox / name)
     for fraction in (1, 3):
-        wait_until(
-            lambda wanted=fraction: len(read_lines(box)) >= 50 * wanted, 60, "results are written"
-        )
+        wanted = 50 * fraction
+        wait_until(lambda: len(read_lines(box)) >= wanted, 60, "results are written")  # noqa: B023
         box.kill("agent")
         box.start("agent")
     done = inbox / "done"
