@@ -12,10 +12,12 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from celery import Celery, signals
+from kombu.exceptions import KombuError
 
 from agent.commands import new_id
 from agent.config import Settings
@@ -32,6 +34,25 @@ log = logging.getLogger(__name__)
 
 # A task shorter than this is not reported as running: its outcome says it all.
 _STARTED_AFTER_S = 0.2
+# Past its limit an inference has so long to come back before the process ends.
+_GRACE_S = 2.0
+EXIT_HUNG = 70
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A task whose run has begun; `began` and `limit` are on the monotonic clock, in seconds."""
+
+    task: dict[str, Any]
+    began: float
+    began_ms: int
+    limit: float
+
+
+def _start(task: dict[str, Any]) -> _Running:
+    now = time.monotonic()
+    longest_s = max(item["timeout_s"] for item in task["jobs"])
+    return _Running(task, now, now_ms(), now + longest_s + _GRACE_S)
 
 
 class Worker:
@@ -46,12 +67,12 @@ class Worker:
     def __init__(self, settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> None:
         self._settings = settings
         self._lanes = lanes
-        self._running: dict[str, float] = {}
+        self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
         self._runner = Runner(settings, lambda: self._engine)
         name = slot or f"{socket.gethostname()}/{'+'.join(lanes)}"
         self._heartbeat = Heartbeat(
-            settings.queue_url, name, new_id(), self._is_started, self._feed_watchdog
+            settings.queue_url, name, new_id(), self._is_started, self._on_beat
         )
         self._app = Celery("edgeward-worker", set_as_current=True)
         self._app.conf.update(celery_settings(settings.queue_url))
@@ -93,20 +114,45 @@ class Worker:
     def _on_stopping(self, **_: Any) -> None:
         notify("STOPPING=1")
 
-    def _feed_watchdog(self) -> None:
+    def _on_beat(self) -> None:
         if watchdog_period_s():
             notify("WATCHDOG=1")
+        now = time.monotonic()
+        with self._lock:
+            hung = [item for item in self._running.values() if now > item.limit]
+        if hung:
+            self._end_hung(hung)
+
+    def _end_hung(self, hung: Sequence["_Running"]) -> None:
+        """End the process, for a thread cannot be: the supervisor starts a new one.
+
+        A job that ran alone is `timed_out`. One of a bundle may be innocent: the
+        agent finds the task lost and runs its jobs one by one.
+        """
+        for item in hung:
+            log.error("task %s runs past its limit: this process ends", item.task["task"])
+            jobs = item.task["jobs"]
+            if len(jobs) == 1:
+                message = f"it ran longer than {jobs[0]['timeout_s']:g} s"
+                outcome = build_outcome(
+                    jobs[0], item.began_ms, state="timed_out", code="run_timeout", message=message
+                )
+                try:
+                    send_outcomes(self._app, item.task, [outcome])
+                except KombuError as exc:
+                    log.warning("its outcome could not be sent: %s", exc)
+        os._exit(EXIT_HUNG)
 
     def _is_started(self, task_id: str) -> bool:
         with self._lock:
-            began = self._running.get(task_id)
-        return began is not None and time.monotonic() - began > _STARTED_AFTER_S
+            item = self._running.get(task_id)
+        return item is not None and time.monotonic() - item.began > _STARTED_AFTER_S
 
     def _infer(self, payload: str) -> None:
         """Run one task; the boundary where an unknown error becomes an outcome."""
         task: dict[str, Any] = json.loads(payload)
         with self._lock:
-            self._running[task["task"]] = time.monotonic()
+            self._running[task["task"]] = _start(task)
         self._heartbeat.wake_if_idle()
         started_ms = now_ms()
         try:

@@ -371,7 +371,19 @@ def test_link_to_a_version_follows_its_switch(engine: Engine, tmp_path: Path) ->
     current.unlink()
     current.symlink_to("2")
     assert values(engine.infer(current, [ask([1, 2])])) == [[-1, -2]]
-    assert ModelKey.from_folder(current) == ModelKey("m", "2", (tmp_path / "m" / "2").resolve())
+    assert ModelKey.from_folder(current) == ModelKey.from_folder(tmp_path / "m" / "2")
+    assert ModelKey.from_folder(current) != ModelKey.from_folder(tmp_path / "m" / "1")
+
+
+def test_version_added_again_under_the_same_number_is_another_model(
+    engine: Engine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m" / "1"
+    write_version(folder, RELU)
+    assert values(engine.infer(folder, [ask([1, 2])])) == [[1, 2]]
+    shutil.rmtree(folder)
+    write_version(folder, [helper.make_node("Neg", ["x"], ["y"])])
+    assert values(engine.infer(folder, [ask([1, 2])])) == [[-1, -2]]
 
 
 def test_many_threads_share_one_copy_and_all_answers_are_right(
