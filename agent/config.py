@@ -18,7 +18,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -27,6 +35,7 @@ from pydantic_settings import (
 )
 
 from agent.errors import ConfigError
+from agent.topics import BROADCAST, DEVICE_PATTERN
 
 ENV_PREFIX = "EDGEWARD_"
 ENV_DELIMITER = "__"
@@ -182,8 +191,7 @@ class Settings(BaseSettings):
 
     device_id: str = Field(
         default_factory=lambda: re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:64],
-        # Not "_all", which is the broadcast's place in topics.
-        pattern=r"^(?:[A-Za-z0-9.-][A-Za-z0-9_.-]{0,63}|_[A-Za-z0-9_.-]{4,63})$",
+        pattern=f"^{DEVICE_PATTERN.pattern}$",
         description="This box's name on MQTT; by default its host name.",
     )
     data_dir: Path = Field(
@@ -206,6 +214,14 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
 
     _file: ClassVar[dict[str, Any]] = {}
+
+    @field_validator("device_id")
+    @classmethod
+    def _check_device(cls, device_id: str) -> str:
+        if device_id == BROADCAST:
+            msg = f"{BROADCAST!r} is the broadcast's place in topics, not a device"
+            raise ValueError(msg)
+        return device_id
 
     @classmethod
     def settings_customise_sources(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 PREFIX = "edgeward/v1"
 DEVICE_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+BROADCAST = "_all"
 # A ULID: 26 characters of Crockford's base 32; the first is 0–7, or it would pass 128 bits.
 JOB_ID_PATTERN = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
@@ -46,7 +47,7 @@ class Topics:
         self.device = device
         self._c2d = f"{PREFIX}/{device}/c2d/"
         self._d2c = f"{PREFIX}/{device}/d2c/"
-        self._all = f"{PREFIX}/_all/c2d/"
+        self._all = f"{PREFIX}/{BROADCAST}/c2d/"
         self.status = self._d2c + "status"
         self.info = self._d2c + "info"
         self.heartbeat = self._d2c + "heartbeat"

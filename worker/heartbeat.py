@@ -41,7 +41,7 @@ class Heartbeat(threading.Thread):
         slot: this worker's place, such as `box/inference`; a successor has the same.
         worker_id: this process's own id.
         is_started: says of a task id whether its run has begun.
-        turned: called each time the broker took the key, for the watchdog.
+        turned: called on each turn, for the watchdog and the limits of running tasks.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class Heartbeat(threading.Thread):
             try:
                 busy = self._beat(client)
                 self._check_broker(client)
-                self._turned()
             except redis.RedisError as exc:
                 log.info("heartbeat: %s", exc)
                 busy = True
+            # Also without a broker: a worker that waits for it is healthy.
+            self._turned()
             self._is_idle = not busy
             self._wake.wait(HEARTBEAT_BUSY_S if busy else HEARTBEAT_IDLE_S)
             self._wake.clear()

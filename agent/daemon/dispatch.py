@@ -49,6 +49,7 @@ _CHECK_PERIOD_S = 1.0
 _IDLE_CHECK_S = 3.0
 # So many tasks keep the workers of a lane busy until the next turn.
 _FED = 4
+_GROW_MS = 50
 _SPREAD = 4
 _READ_JOBS = 256
 _EWMA = 0.3
@@ -169,9 +170,10 @@ class Dispatcher(threading.Thread):
         """Group jobs of one model into bundles.
 
         While the workers have little to do, bundles are small and go at once.
-        While they are fed, only full bundles go, and the rest grows until the
-        next outcome: each task costs about what thirty jobs in it cost.
+        While they are fed, a bundle that is not full may grow a moment: each
+        task costs about what thirty jobs in it cost.
         """
+        grown_ms = self._clock.wall_ms() - _GROW_MS
         groups: dict[tuple[str, str | None, str], list[ReadyJob]] = {}
         for job in ready:
             groups.setdefault((job.model, job.version, job.handler), []).append(job)
@@ -180,7 +182,10 @@ class Dispatcher(threading.Thread):
             largest = self._largest_bundle(model)
             size = largest if is_fed else max(1, min(largest, -(-len(jobs) // _SPREAD)))
             cut = _cut(jobs, size, self._limits.bundle_bytes)
-            if is_fed and len(cut[-1]) < size:
+            last = cut[-1]
+            # A clock that was set back must not hold a job: what is in the future goes too.
+            may_grow = grown_ms < last[0].created_ms <= grown_ms + _GROW_MS
+            if is_fed and len(last) < size and may_grow:
                 cut.pop()
             bundles += cut
         return bundles

@@ -194,7 +194,8 @@ class Intake:
         left_ms = self._time_left_ms(envelope, body, expiry_s, now_ms)
         late = left_ms is not None and left_ms <= 0
         reason = Reason("deadline_passed", "the job arrived after its deadline") if late else None
-        if self._is_forgotten(job_id, now_ms):
+        # What the broker still counts down is not old, whatever our own clock says.
+        if expiry_s is None and self._is_forgotten(job_id, now_ms):
             late, reason = True, Reason("too_old", "the job is older than ends are remembered")
         return NewJob(
             job_id,

@@ -301,12 +301,6 @@ class MqttSession(threading.Thread):
         if client is not None and conn == self._conn and mid:
             client.ack(mid, 1)
 
-    def drop(self) -> None:
-        """Close the connection without a word, so that the broker sends unacknowledged again."""
-        client = self._client
-        if client is not None:
-            client.disconnect()
-
     def stop(self, farewell: str | None, timeout_s: float = 5.0) -> None:
         """Publish `farewell` as the retained status, disconnect and end the thread."""
         self._stopping.set()

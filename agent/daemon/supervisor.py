@@ -152,10 +152,6 @@ class Agent:
         if self._writer.open_jobs:
             log.info("%d jobs are open, %d tasks under way", self._writer.open_jobs, len(tasks))
 
-    def request_stop(self) -> None:
-        """Ask `run` to end."""
-        self._stop.set()
-
     def stop(self) -> None:
         """Stop every thread and close the store."""
         notify("STOPPING=1")

@@ -93,6 +93,7 @@ class ReadyJob(NamedTuple):
     model: str
     version: str | None
     run_timeout_s: float
+    created_ms: int
     body: str
 
 

@@ -124,12 +124,3 @@ class Counter(SQLModel, table=True):
 
     name: str = Field(primary_key=True)
     value: int
-
-
-class Fact(SQLModel, table=True):
-    """Small facts that outlive the process, such as the digest of the last birth certificate."""
-
-    __tablename__ = "facts"
-
-    name: str = Field(primary_key=True)
-    value: str

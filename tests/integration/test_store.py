@@ -151,9 +151,9 @@ def test_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
         pages = tx.execute(text("PRAGMA page_count")).scalar_one()
         tx.execute(text(f"PRAGMA max_page_count = {pages + 2}"))
     with pytest.raises(StorageFullError, match="free space"), transaction(engine) as tx:
-        tx.execute(text("INSERT INTO facts VALUES ('big', :v)"), {"v": "x" * 100_000})
+        tx.execute(text("INSERT INTO counters VALUES (:v, 1)"), {"v": "x" * 100_000})
     with transaction(engine) as tx:
-        assert tx.execute(text("SELECT count(*) FROM facts")).scalar() == 0
+        assert tx.execute(text("SELECT count(*) FROM counters")).scalar() == 0
     engine.dispose()
 
 

@@ -1,4 +1,4 @@
-"""The first schema: jobs, their history, the outbox, counters and facts."""
+"""The first schema: jobs, their history, the outbox and counters."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -27,11 +27,6 @@ def upgrade() -> None:
         "counters",
         sa.Column("name", sa.String, primary_key=True),
         sa.Column("value", sa.Integer, nullable=False),
-    )
-    op.create_table(
-        "facts",
-        sa.Column("name", sa.String, primary_key=True),
-        sa.Column("value", sa.String, nullable=False),
     )
 
 
