@@ -1,12 +1,10 @@
 """NVML's calling convention, against a small library compiled here in NVIDIA's place."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from platforms.nvml import NvidiaFacts, NvidiaGpu, probe_nvidia
+from tests.harness.waiting import require_binary
 
 FAKE_NVML = r"""
 #include <string.h>
@@ -39,9 +37,7 @@ int nvmlSystemGetDriverVersion(char *text, unsigned length) {
 
 
 def build(folder: Path, init_code: int, source: str = FAKE_NVML) -> str:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to stand in for NVIDIA's library")
+    compiler = require_binary("cc")
     library = folder / f"libnvml-{init_code}.so"
     (folder / "nvml.c").write_text(source, encoding="utf-8")
     command = [compiler, "-shared", "-fPIC", f"-DINIT_CODE={init_code}", "-o", str(library)]
