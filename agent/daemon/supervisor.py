@@ -226,7 +226,7 @@ class Agent:
                 release_memory()
             if stalled:
                 log.error("these loops stand still: %s", ", ".join(stalled))
-            elif watchdog_s:
+            elif watchdog_s and is_ready:
                 notify("WATCHDOG=1")
             if is_ready and now >= next_beat:
                 next_beat = now + self._settings.heartbeat_s

@@ -154,7 +154,7 @@ class Box:
         write_tiny_model(folder / "model")
         ModelRepository(self.data_dir / "models").add(folder / "model")
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, **environment: str) -> None:
         """Start `agent` or `worker`."""
         commands: dict[str, Sequence[str]] = {
             "agent": ["agent"],
@@ -164,7 +164,7 @@ class Box:
         with self._log.open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [program, *commands[name]],
-                env={**os.environ, **self._env},
+                env={**os.environ, **self._env, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

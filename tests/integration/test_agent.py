@@ -3,7 +3,9 @@
 import base64
 import json
 import math
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +343,29 @@ def test_commands_sent_while_the_agent_was_away_run_when_it_is_back(
     finally:
         box.close()
         console.close()
+
+
+@pytest.mark.parametrize("name", ["agent", "worker"])
+def test_service_manager_hears_of_readiness_life_and_the_stop(
+    tmp_path: Path, mosquitto: MqttProcess, queue_broker: QueueProcess, name: str
+) -> None:
+    box = Box(tmp_path, mosquitto, queue_broker)
+    heard: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+
+        def hears(wanted: str) -> bool:
+            with suppress(BlockingIOError):
+                heard.append(manager.recv(1024).decode())
+            return wanted in heard
+
+        box.start(name, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="2000000")
+        try:
+            wait_until(lambda: hears("READY=1"), 30, "READY=1")
+            wait_until(lambda: hears("WATCHDOG=1"), 30, "WATCHDOG=1")
+            box.processes[name].terminate()
+            wait_until(lambda: hears("STOPPING=1"), 30, "STOPPING=1")
+        finally:
+            box.close()
+    assert heard.index("READY=1") < heard.index("WATCHDOG=1") < heard.index("STOPPING=1")
