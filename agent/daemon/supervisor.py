@@ -70,7 +70,6 @@ class Agent:
         self._stop = threading.Event()
         self._started_at = self._clock.wall_ms()
         self._spec: PlatformSpec | None = None
-        self._conn = 0
         self._boot = 0
         self._models_stamp: tuple[Any, ...] = ()
         self._engine = open_engine(settings.ledger_file, settings.store.synchronous)
@@ -124,7 +123,7 @@ class Agent:
             self.stop()
 
     def start(self) -> None:
-        """Recover and start every thread; return when each loop has turned once."""
+        """Recover and start every thread; `_watch` says when each loop has turned once."""
         migrate(self._engine)
         with transaction(self._engine) as tx:
             self._recover(tx)
@@ -143,7 +142,6 @@ class Agent:
         """Count this boot and take over what the last run left under way."""
         self._boot = read_counter(tx, "boot") + 1
         save_counter(tx, "boot", self._boot)
-        self._conn = read_counter(tx, "conn")
         self._presence.boot = self._boot
         self._reporter.start(tx, self._boot)
         tasks = self._ledger.find_tasks(tx)
