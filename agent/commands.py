@@ -147,7 +147,8 @@ def decode_envelope(payload: bytes, max_bytes: int) -> Envelope:
         raise MalformedError(msg) from exc
     version = document.get("v", VERSION) if isinstance(document, dict) else VERSION
     if type(version) is not int or version != VERSION:
-        msg = f"envelope version {version!r} is not spoken here; this device speaks {VERSION}"
+        shown = repr(version)[:32]
+        msg = f"envelope version {shown} is not spoken here; this device speaks {VERSION}"
         raise UnsupportedVersionError(msg)
     try:
         envelope = Envelope.model_validate(document)
@@ -219,7 +220,18 @@ def encode_body(body: dict[str, Any]) -> str:
 
 def is_same_body(one: str, other: str) -> bool:
     """Say whether two JSON texts are the same value, whatever their spelling."""
-    return bool(from_json(one or "null") == from_json(other or "null"))
+    return _is_equal(from_json(one or "null"), from_json(other or "null"))
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Compare as JSON does: 2 and 2.0 are one number, 1 and true are two things."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    return bool(one == other)
 
 
 def encode(value: object) -> str:

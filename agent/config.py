@@ -32,6 +32,7 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from agent.errors import ConfigError
@@ -364,6 +365,9 @@ def load_settings(config: Path | None = None, flags: Mapping[str, Any] | None = 
     bound = type("BoundSettings", (Settings,), {"_file": document, "__module__": __name__})
     try:
         settings: Settings = bound(**(flags or {}))
+    except SettingsError as exc:
+        msg = f"an environment variable is no JSON where its setting needs it: {exc}"
+        raise ConfigError(msg) from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -44,7 +44,9 @@ def append_line(path: Path, line: str) -> None:
         OSError: it could not be written whole (disk full); what was written is cut off again.
     """
     created = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+        fsync_dir(path.parent.parent)
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:

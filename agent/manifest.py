@@ -30,7 +30,7 @@ def _check_relative(name: str) -> str:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         msg = f"{name!r} must be a path inside the version's folder"
         raise ValueError(msg)
-    if name == MANIFEST_FILE:
+    if path == PurePosixPath(MANIFEST_FILE):
         msg = "the manifest does not list itself"
         raise ValueError(msg)
     return name

@@ -146,8 +146,8 @@ class ModelRepository:
         """Add the version in the folder `source` and, if asked, make it the active one.
 
         The files are verified against the manifest, copied, flushed, and appear
-        by one rename. A crash leaves at most a staging folder that the next
-        change removes.
+        by one rename. A crash leaves at most a staging folder that nobody reads
+        and the next change removes.
 
         Args:
             source: a folder with a manifest and its files.
@@ -169,8 +169,8 @@ class ModelRepository:
             model = self._root / manifest.name
             model.mkdir(parents=True, exist_ok=True)
             number = max(_numbers(model), default=0) + 1
+            self._remove_staging()
             staging = model / f"{_STAGING}{number}"
-            shutil.rmtree(staging, ignore_errors=True)
             self._stage(manifest, source, staging)
             staging.rename(model / str(number))
             fsync_dir(model)
@@ -257,6 +257,8 @@ class ModelRepository:
                     (model / link).unlink()
             for item in versions:
                 doomed = model / f"{_STAGING}removed-{item.number}"
+                # A remove that was cut short may have left one of that name.
+                shutil.rmtree(doomed, ignore_errors=True)
                 item.folder.rename(doomed)
                 shutil.rmtree(doomed)
             fsync_dir(model)
@@ -270,6 +272,9 @@ class ModelRepository:
         for blob in (self._root / _BLOBS).iterdir():
             if blob.stat().st_nlink == 1:
                 blob.unlink()
+        self._remove_staging()
+
+    def _remove_staging(self) -> None:
         for staging in self._root.glob(f"*/{_STAGING}*"):
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -11,6 +11,7 @@ reasons: design notes "pitfalls", and docs/adr/0003.
 from typing import Any
 
 import redis
+from pydantic import BaseModel, ConfigDict
 from ulid import ULID
 
 from agent.jobs import Lane
@@ -101,6 +102,21 @@ def celery_message(task_name: str, task_id: str, payload: str) -> tuple[Any, dic
     }
     embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     return [[payload], {}, embed], headers
+
+
+class HeartbeatBody(BaseModel):
+    """What a worker says of itself in its key."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    worker: str
+    """The process's own id."""
+    slot: str
+    """Its place; a successor has the same."""
+    held: list[str]
+    """Ids of the tasks that it has taken and not finished."""
+    started: list[str]
+    """Those of them whose run has begun, and lasts."""
 
 
 def heartbeat_key(slot: str) -> str:

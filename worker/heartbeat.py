@@ -11,7 +11,6 @@ Celery's consumer sometimes stalls or dies on a reconnect (seen 2 times in 40),
 and a new process is sure.
 """
 
-import json
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from agent.tasks import (
     HEARTBEAT_BUSY_S,
     HEARTBEAT_IDLE_S,
     HEARTBEAT_LIFE_S,
+    HeartbeatBody,
     connect_redis,
     heartbeat_key,
     read_epoch,
@@ -83,8 +83,8 @@ class Heartbeat(threading.Thread):
     def _beat(self, client: redis.Redis) -> bool:
         held = [request.id for request in tuple(celery_state.reserved_requests)]
         started = [task_id for task_id in held if self._is_started(task_id)]
-        body = {"worker": self._worker_id, "slot": self._slot, "held": held, "started": started}
-        client.set(heartbeat_key(self._slot), json.dumps(body), ex=HEARTBEAT_LIFE_S)
+        body = HeartbeatBody(worker=self._worker_id, slot=self._slot, held=held, started=started)
+        client.set(heartbeat_key(self._slot), body.model_dump_json(), ex=HEARTBEAT_LIFE_S)
         return bool(held)
 
     def _check_broker(self, client: redis.Redis) -> None:

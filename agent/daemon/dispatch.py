@@ -22,10 +22,11 @@ import redis
 from kombu import Connection as QueueConnection
 from kombu import Producer, Queue
 from kombu.exceptions import KombuError
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from agent.clock import Clock
-from agent.commands import encode, new_id
+from agent.commands import describe, encode, new_id
 from agent.config import QueueSettings
 from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
 from agent.jobs import Lane
@@ -33,6 +34,7 @@ from agent.store.ledger import Ledger, ReadyJob
 from agent.tasks import (
     HEARTBEAT_PREFIX,
     INFER_TASK,
+    HeartbeatBody,
     celery_message,
     connect_redis,
     lane_queue,
@@ -77,15 +79,6 @@ class _UnderWay:
     """What is not sent yet waits in this process, and cannot be lost in another."""
 
 
-@dataclass(frozen=True, slots=True)
-class _WorkerState:
-    """What one worker last said of itself."""
-
-    worker: str
-    held: frozenset[str]
-    started: tuple[str, ...]
-
-
 @dataclass
 class BrokerState:
     """The queue broker as last seen."""
@@ -125,7 +118,7 @@ class Dispatcher(threading.Thread):
         self._post = post
         self._lock = threading.Lock()
         self._under_way: dict[str, _UnderWay] = {}
-        self._workers: dict[str, _WorkerState] = {}
+        self._workers: dict[str, HeartbeatBody] = {}
         self._announced: set[str] = set()
         self._per_job_ms: dict[str, float] = {}
         self._to_send: SimpleQueue[Task | None] = SimpleQueue()
@@ -257,23 +250,21 @@ class Dispatcher(threading.Thread):
         if fresh:
             self._post(TasksStarted(fresh))
 
-    def _read_heartbeats(self) -> dict[str, _WorkerState]:
+    def _read_heartbeats(self) -> dict[str, HeartbeatBody]:
         client: Any = self._redis
         keys = list(client.scan_iter(HEARTBEAT_PREFIX + "*", count=100))
         texts = client.mget(keys) if keys else []
-        found: dict[str, _WorkerState] = {}
+        found: dict[str, HeartbeatBody] = {}
         for text in texts:
             try:
-                body = json.loads(text) if text is not None else None
-                if body is not None:
-                    found[body["slot"]] = _WorkerState(
-                        body["worker"], frozenset(body["held"]), tuple(body["started"])
-                    )
-            except (ValueError, KeyError, TypeError) as exc:
-                log.warning("a worker's heartbeat cannot be read: %r", exc)
+                if text is not None:
+                    body = HeartbeatBody.model_validate_json(text)
+                    found[body.slot] = body
+            except ValidationError as exc:
+                log.warning("a worker's heartbeat cannot be read: %s", describe(exc))
         return found
 
-    def _release(self, worker: _WorkerState, now_ms: int) -> None:
+    def _release(self, worker: HeartbeatBody, now_ms: int) -> None:
         # What a dead worker held is due for a check at once, unless the broker has it.
         for task_id in worker.held:
             if task_id in self._under_way:
@@ -420,15 +411,20 @@ class Dispatcher(threading.Thread):
     def _read_queued(self, lanes: Collection[Lane]) -> set[str]:
         """Return the ids of the tasks that wait in the broker."""
         client: Any = self._redis
-        return {
-            _task_id(message)
+        found = {
+            _find_task_id(message)
             for lane in lanes
             for message in client.lrange(lane_queue(lane), 0, -1)
         }
+        return {task_id for task_id in found if task_id is not None}
 
 
-def _task_id(message: bytes) -> str:
-    return str(json.loads(message)["headers"]["id"])
+def _find_task_id(message: bytes) -> str | None:
+    """Return the id of a task in a lane's list, or None for what is no task of ours."""
+    try:
+        return str(json.loads(message)["headers"]["id"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _cut(jobs: Sequence[ReadyJob], size: int, max_bytes: int) -> list[list[ReadyJob]]:

@@ -58,6 +58,8 @@ _SEPARATOR = "__"
 # Bounded, so that a folder of a million files neither floods the ledger nor blocks the scan.
 _CLAIMS_PER_SCAN = 256
 _WORKING_MAX = 2048
+# 255 is the file systems' limit; the id, the separator and ".reason.json" come on top.
+_NAME_BYTES = 200
 
 BuildJob = Callable[[Envelope, SubmitBody, str, str, Source, float | None], NewJob]
 ReadJobs = Callable[[Sequence[str]], dict[str, dict[str, Any]]]
@@ -125,9 +127,9 @@ class Inbox(threading.Thread):
     def _turn(self) -> None:
         self._deliver_ended()
         for path in self._iter_commands():
-            self._take_command(path)
+            _attempt(path, self._take_command)
         for path in self._find_complete():
-            self._claim(path)
+            _attempt(path, self._claim)
         self._submit_claimed()
 
     # --- from file to job ------------------------------------------------------------------
@@ -163,10 +165,18 @@ class Inbox(threading.Thread):
                     yield Path(entry.path)
 
     def _claim(self, path: Path) -> None:
-        """Move a complete file to `.work`, under a new job's id."""
+        """Move a complete file to `.work`, under a new job's id; set a nameless one aside.
+
+        A name that is no UTF-8, or too long for the id before it, can be neither
+        a job's input nor a result's file name.
+        """
         job_id = new_id()
         work = path.parent / WORK
         work.mkdir(exist_ok=True)
+        encoded = os.fsencode(path.name)
+        if len(encoded) > _NAME_BYTES or not _is_utf8(encoded):
+            _set_aside(path, job_id)
+            return
         claimed = work / f"{job_id}{_SEPARATOR}{path.name}"
         path.rename(claimed)
         fsync_dir(work)
@@ -208,7 +218,7 @@ class Inbox(threading.Thread):
     # --- local commands ----------------------------------------------------------------------
 
     def _iter_commands(self) -> list[Path]:
-        return sorted((self._inbox / COMMANDS).glob("*.json"))
+        return sorted(path for path in (self._inbox / COMMANDS).glob("*.json") if path.is_file())
 
     def _take_command(self, path: Path) -> None:
         """Take a submit or a cancel that the command line left; it is removed after the commit."""
@@ -238,9 +248,11 @@ class Inbox(threading.Thread):
     # --- from job to result --------------------------------------------------------------------
 
     def _deliver_ended(self) -> None:
-        waiting = [self._ended.popleft() for _ in range(len(self._ended))]
+        waiting = list(self._ended)
+        # Read before they are taken off: where the store does not answer, they stay.
         rows = self._read_jobs(waiting) if waiting else {}
         for job_id in waiting:
+            self._ended.popleft()
             path, row = self._working.get(job_id), rows.get(job_id)
             if path is None or row is None or row["state"] not in ENDS:
                 continue
@@ -307,6 +319,35 @@ class Inbox(threading.Thread):
         self._stopping.set()
         self._wake.set()
         self.join(5.0)
+
+
+def _attempt(path: Path, take: Callable[[Path], None]) -> None:
+    """Take one file; one that cannot be taken must not hold up the others."""
+    try:
+        take(path)
+    except OSError as exc:
+        log.warning("%s: %s; trying again", path, exc.strerror)
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _set_aside(path: Path, job_id: str) -> None:
+    """Move a file with an unusable name to `failed/` under an id, with the reason beside it."""
+    target = choose_target(path.parent / FAILED, job_id, job_id)
+    body = {
+        "file": path.name.encode("utf-8", "backslashreplace").decode(),
+        "code": "bad_file_name",
+        "message": f"a name must be UTF-8 of at most {_NAME_BYTES} bytes; rename it",
+    }
+    write_atomic(target.with_name(f"{job_id}.reason.json"), json.dumps(body, indent=2) + "\n")
+    path.rename(target)
+    fsync_dir(target.parent)
 
 
 def is_being_written(path: Path) -> bool:

@@ -43,6 +43,8 @@ JOB_REASONS = {
     "attempts_exhausted",
     "interrupted",
     "internal_error",
+    "run_timeout",
+    "bad_file_name",
 }
 
 

@@ -289,6 +289,16 @@ def test_ping_is_answered_below_the_reply_prefix_only(console: RecordingConsole)
     )
 
 
+def test_broadcast_ping_is_answered_below_the_own_prefix(console: RecordingConsole) -> None:
+    before = len(console.find("reply"))
+    console.publish(
+        "edgeward/v1/_all/c2d/cmd/ping", b"", ResponseTopic="edgeward/v1/_all/d2c/reply/all-1"
+    )
+    wait_until(lambda: len(console.find("reply")) > before, 10, "the reply")
+    topics = [topic for topic, _ in list(console.messages) if "/reply/" in topic]
+    assert topics[-1] == console.topics.reply_prefix + "all-1"
+
+
 def test_results_too_large_to_travel_go_to_a_file(box: Box, console: RecordingConsole) -> None:
     folder = box.data_dir / "inbox" / "big"
     folder.mkdir(exist_ok=True)
