@@ -13,6 +13,7 @@ import difflib
 import os
 import re
 import socket
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ CONFIG_ENV = "EDGEWARD_CONFIG"
 DEFAULT_CONFIG = Path("/etc/edgeward/edgeward.toml")
 # Variables with our prefix that are no settings.
 _ENV_NOT_SETTINGS = {CONFIG_ENV, "EDGEWARD_FAULT"}
+_BUILDING = threading.Lock()
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -347,6 +349,17 @@ def _check_environment(environ: Mapping[str, str]) -> None:
             _check_key(key, f"the environment ({name})")
 
 
+def _build(document: dict[str, Any], flags: Mapping[str, Any]) -> Settings:
+    # The sources are a class's, not an instance's. A subclass for each file would cost
+    # a second copy of the whole schema: 1 MB that the agent keeps.
+    with _BUILDING:
+        Settings._file = document
+        try:
+            return Settings(**flags)
+        finally:
+            Settings._file = {}
+
+
 def load_settings(config: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings of this box.
 
@@ -362,9 +375,8 @@ def load_settings(config: Path | None = None, flags: Mapping[str, Any] | None = 
     path = named or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     document = read_config(path) if path else {}
     _check_environment(os.environ)
-    bound = type("BoundSettings", (Settings,), {"_file": document, "__module__": __name__})
     try:
-        settings: Settings = bound(**(flags or {}))
+        settings = _build(document, flags or {})
     except SettingsError as exc:
         msg = f"an environment variable is no JSON where its setting needs it: {exc}"
         raise ConfigError(msg) from exc

@@ -56,12 +56,12 @@ class Figures:
     celery_tasks_per_s: list[float] = field(default_factory=list)
     job_ms: list[float] = field(default_factory=list)
     celery_ms: list[float] = field(default_factory=list)
-    agent_rss_mb: float = 0.0
-    idle_cpu_percent: float = 0.0
+    agent_rss_mb: list[float] = field(default_factory=list)
+    idle_cpu_percent: list[float] = field(default_factory=list)
     ready_s: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, float]:
-        """Return the report; medians where there are several rounds."""
+        """Return the report: medians over the rounds, of the memory the largest."""
         jobs, tasks = statistics.median(self.jobs_per_s), statistics.median(self.celery_tasks_per_s)
         job_ms, celery_ms = statistics.median(self.job_ms), statistics.median(self.celery_ms)
         return {
@@ -71,8 +71,8 @@ class Figures:
             "job_p50_ms": round(job_ms, 2),
             "celery_p50_ms": round(celery_ms, 2),
             "latency_ratio_p50": round(job_ms / celery_ms, 2),
-            "agent_rss_mb": round(self.agent_rss_mb, 1),
-            "idle_cpu_percent": round(self.idle_cpu_percent, 2),
+            "agent_rss_mb": round(max(self.agent_rss_mb), 1),
+            "idle_cpu_percent": round(statistics.median(self.idle_cpu_percent), 2),
             "ready_s": round(statistics.median(self.ready_s), 2),
         }
 
@@ -261,8 +261,9 @@ class Bench:
                 figures.job_ms += measure_job_latency(console, self._args.latency_jobs)
                 figures.jobs_per_s.append(measure_jobs(console, self._args.jobs))
                 time.sleep(3)
-                figures.idle_cpu_percent = measure_idle([agent, worker], self._args.idle_s)
-                figures.agent_rss_mb = agent.memory_info().rss / 1e6
+                idle = measure_idle([agent, worker], self._args.idle_s)
+                figures.idle_cpu_percent.append(idle)
+                figures.agent_rss_mb.append(agent.memory_info().rss / 1e6)
 
     def _edgeward(self, *command: str) -> Any:
         env = {
@@ -302,7 +303,7 @@ def main() -> None:
     parser.add_argument("--celery-jobs", type=int, default=2_000)
     parser.add_argument("--latency-jobs", type=int, default=100)
     parser.add_argument("--idle-s", type=float, default=15.0)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="edgeward-bench-"))
     try:

@@ -18,7 +18,7 @@ STATUS_FILE = "status.json"
 UP_FILE = "up.json"
 """What `edgeward up` runs with: `{pid, flags}`; the commands beside it need no options then."""
 STALE_AFTER_MS = 5_000
-"""The agent writes every second; one that is busy for five is not well either."""
+"""The agent writes every other second; one that is busy for five is not well either."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class Heartbeat(threading.Thread):
             # Also without a broker: a worker that waits for it is healthy.
             self._turned()
             self._is_idle = not busy
+            if not busy and celery_state.reserved_requests:
+                # It came while the key was written, and found nobody idle to wake.
+                continue
             self._wake.wait(HEARTBEAT_BUSY_S if busy else HEARTBEAT_IDLE_S)
             self._wake.clear()
         self._withdraw(client)

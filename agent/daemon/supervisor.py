@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 STATUS_FILE = "status.json"
 _TICK_S = 1.0
+_STATUS_S = 2.0
 _STALL_S = 20.0
 _DAY_MS = 86_400_000
 # 100 jobs a second can be forgotten, which is more than an edge box is asked for day after day.
@@ -212,7 +213,7 @@ class Agent:
         """Tick until asked to stop: heartbeat, status file, watchdog, housekeeping."""
         loops = self._loops()
         seen = {name: (0, time.monotonic()) for name in loops}
-        next_beat = next_keeping = 0.0
+        next_beat = next_keeping = next_status = 0.0
         watchdog_s = watchdog_period_s()
         is_ready = was_busy = False
         while not self._stop.wait(_TICK_S if is_ready else 0.02):
@@ -231,6 +232,8 @@ class Agent:
                 self._presence.publish_heartbeat()
             if is_ready:
                 was_busy = self._release_after(was_busy)
+            if is_ready and now >= next_status:
+                next_status = now + _STATUS_S
                 self._write_status()
                 self._report_models()
             if now >= next_keeping:

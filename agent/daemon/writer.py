@@ -127,6 +127,7 @@ class Writer(threading.Thread):
         self.open_jobs = 0
         self.outbox_depth = 0
         self._measured = 0.0
+        self._was_quiet = False
         self.turns = 0
         self.why_stuck: str | None = None
 
@@ -161,6 +162,13 @@ class Writer(threading.Thread):
         while not self._stopping.is_set():
             messages = kept or self._collect()
             kept = []
+            self.turns += 1
+            # Nothing came, nothing waits for its time, nothing is to be sent: the first such
+            # turn still measures, the next ones rest.
+            is_quiet = not (messages or self.open_jobs or self._reporter.has_more)
+            was_quiet, self._was_quiet = self._was_quiet, is_quiet
+            if is_quiet and was_quiet:
+                continue
             try:
                 self._turn(messages)
                 self.why_stuck = None
@@ -172,7 +180,6 @@ class Writer(threading.Thread):
             except Exception:  # the supervisor loop boundary of style.md
                 log.exception("internal_error in a turn of %d messages", len(messages))
                 self._isolate(messages)
-            self.turns += 1
 
     def _isolate(self, messages: Sequence[Message]) -> None:
         """Run the messages of a failed turn one by one; drop only what fails alone."""
