@@ -36,7 +36,7 @@ def build_app(queue_url: str, model: Path) -> Celery:
         answer: list[float] = session[0].run(None, {"x": array})[0][0].tolist()
         return answer
 
-    app.task(run, name=infer.__name__)
+    app.task(run, name=infer.__name__, shared=False)
     return app
 
 
