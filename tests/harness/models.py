@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from agent.manifest import ArtifactEntry, Manifest, TensorEntry, compute_sha256, write_manifest
-from platforms.artifact import ArtifactFormat, Datatype, Precision
+from agent.manifest import TensorEntry
+from benchmarks.tiny_model import write_version
+from platforms.artifact import Datatype
 
 
 def write_endless_model(folder: Path, name: str = "endless") -> None:
     """Write a model that loops as often as its input says: 2⁶² times is for ever."""
-    folder.mkdir(parents=True)
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["go"], ["again"]),
@@ -43,22 +42,8 @@ def write_endless_model(folder: Path, name: str = "endless") -> None:
             numpy_helper.from_array(np.zeros(1, np.int64), "zero"),
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    path = folder / "model.onnx"
-    onnx.save(model, path)
-    artifact = ArtifactEntry(
-        file=path.name,
-        format=ArtifactFormat.ONNX,
-        precision=Precision.FP32,
-        sha256=compute_sha256(path),
-        size_bytes=path.stat().st_size,
+    tensors = (
+        TensorEntry(name="x", datatype=Datatype.INT64, shape=(1,)),
+        TensorEntry(name="y", datatype=Datatype.INT64, shape=(1,)),
     )
-    manifest = Manifest(
-        schema="edgeward.manifest/v1",
-        name=name,
-        version="1.0.0",
-        inputs=(TensorEntry(name="x", datatype=Datatype.INT64, shape=(1,)),),
-        outputs=(TensorEntry(name="y", datatype=Datatype.INT64, shape=(1,)),),
-        artifacts=(artifact,),
-    )
-    write_manifest(manifest, folder)
+    write_version(folder, name, graph, tensors)
