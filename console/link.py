@@ -53,6 +53,7 @@ class ConsoleLink:
             have one such console: what that acknowledges, the device forgets.
         recall: finds jobs that a durable console has kept elsewhere; with it, complete
             jobs are let go of after each `commit`.
+        restore: gives a new mirror what a durable console has kept of its device.
         window: submits that are under way at a time, for each device.
         stale_after_s: after so long without news an open job is marked stale.
     """
@@ -66,6 +67,7 @@ class ConsoleLink:
         client_id: str | None = None,
         is_durable: bool = False,
         recall: Recall | None = None,
+        restore: Callable[[DeviceMirror], None] | None = None,
         window: int = WINDOW,
         stale_after_s: float = STALE_AFTER_S,
     ) -> None:
@@ -77,6 +79,7 @@ class ConsoleLink:
         self._client_id = client_id or f"edgeward-console-{new_id()}"
         self._is_durable = is_durable
         self._recall = recall
+        self._restore = restore
         self._window = window
         self._stale_after_s = stale_after_s
         self._follows_all = is_durable
@@ -160,17 +163,23 @@ class ConsoleLink:
         name = device or self._device
         with self._lock:
             if name not in self._mirrors:
-                self._mirrors[name] = DeviceMirror(
-                    name,
-                    acknowledges=self._is_durable,
-                    follows_all=self._follows_all,
-                    window=self._window,
-                    stale_after_s=self._stale_after_s,
-                    reply=self._client_id.rpartition("/")[2],
-                )
-                if self.is_connected:
-                    self._mirrors[name].connected(time.monotonic())
+                self._mirrors[name] = self._make_mirror(name)
             return self._mirrors[name]
+
+    def _make_mirror(self, device: str) -> DeviceMirror:
+        mirror = DeviceMirror(
+            device,
+            acknowledges=self._is_durable,
+            follows_all=self._follows_all,
+            window=self._window,
+            stale_after_s=self._stale_after_s,
+            reply=self._client_id.rpartition("/")[2],
+        )
+        if self._restore is not None:
+            self._restore(mirror)
+        if self.is_connected:
+            mirror.connected(time.monotonic())
+        return mirror
 
     @property
     def mirrors(self) -> list[DeviceMirror]:
@@ -192,9 +201,10 @@ class ConsoleLink:
     # --- hearing --------------------------------------------------------------------------
 
     def poll(self, timeout_s: float = _POLL_S) -> list[Change]:
-        """Take in what was heard, waiting up to `timeout_s` for something; send what is due.
+        """Take in what was heard, waiting up to `timeout_s` for something.
 
-        Returns the changes. A durable console makes them safe, then calls `commit`.
+        Returns the changes. A durable console makes them safe and then calls `commit`, also
+        where there are none; for others that happens here.
         """
         messages = self._connection.take(timeout_s, _BATCH)
         with self._lock:
@@ -205,12 +215,10 @@ class ConsoleLink:
                 callback(change)
         if not self._is_durable:
             self.commit()
-        else:
-            self._send_due()
         return changes
 
     def commit(self) -> None:
-        """Say that all changes so far are safe: acknowledge them to broker and device."""
+        """Say that all changes so far are safe: acknowledge them, and send what is due."""
         with self._lock:
             messages, self._unsettled = self._unsettled, []
             for mirror in self._mirrors.values():
