@@ -26,7 +26,7 @@ from agent.errors import StorageFullError, StoreDamagedError, StoreError
 
 log = logging.getLogger(__name__)
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 _BUSY_TIMEOUT_MS = 10_000
 # 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
 _JOURNAL_LIMIT_BYTES = 16 << 20
