@@ -118,6 +118,7 @@ class ChaosConsole(threading.Thread):
         self.jobs: dict[str, ChaosJob] = {}
         self.counts: Counter[str] = Counter()
         self.device_state: str | None = None
+        self.device_boot = 0
         self.speaks_acks = False
         """Whether the device has named its ledger: then it keeps records until they are acked."""
         self.is_healing = False
@@ -192,11 +193,19 @@ class ChaosConsole(threading.Thread):
 
     def submit(self, kinds: Iterable[Kind]) -> list[ChaosJob]:
         """Submit new jobs in any order, without waiting."""
-        jobs = [make_job(self._maker, kind, next(self._numbers)) for kind in kinds]
+        jobs = [self.make(kind) for kind in kinds]
         self._maker.shuffle(jobs)
+        self.add(jobs)
+        return jobs
+
+    def make(self, kind: Kind) -> ChaosJob:
+        """Return a new job, to be changed and then given to `add`."""
+        return make_job(self._maker, kind, next(self._numbers))
+
+    def add(self, jobs: Iterable[ChaosJob]) -> None:
+        """Submit jobs as they are."""
         for job in jobs:
             self._inbox.put(job)
-        return jobs
 
     def probe(self) -> ChaosJob:
         """Submit a job that measures a recovery."""
@@ -207,6 +216,10 @@ class ChaosConsole(threading.Thread):
     def list_open(self) -> list[ChaosJob]:
         """Return the jobs whose end, or result, was not heard yet."""
         return [job for job in list(self.jobs.values()) if not job.is_complete]
+
+    def is_all_taken(self) -> bool:
+        """Say whether the broker has acknowledged all that was sent."""
+        return self._inbox.empty() and not self._tag_of
 
     def close(self) -> None:
         """Serve what has come so far, then disconnect."""
@@ -261,7 +274,7 @@ class ChaosConsole(threading.Thread):
         document = json.loads(heard.text)
         kind, _, rest = heard.topic.removeprefix(self._d2c).partition("/")
         if kind == "status":
-            self.device_state = document["state"]
+            self.device_state, self.device_boot = document["state"], document.get("boot", 0)
             self._meet_ledger(document.get("ledger"))
             return
         body = document["body"]

@@ -88,7 +88,7 @@ class Scenario:
         folder: where the box lives and what it leaves.
         plan: what to do.
         duplicate: probability of duplicates on the agent's link.
-        pace: waits between acts are this much of their normal length.
+        quiet_limit_s: longest wait, at the end, for everything to be reported.
         on_progress: told jobs ended, jobs in all, kills done, and what goes on.
         cast_options: for `Cast`.
         console_options: for `ChaosConsole`.
@@ -133,11 +133,8 @@ class Scenario:
             is_quiet = self.settle()
         finally:
             self.stop()
-        report = check(
-            self.folder / JOURNAL, self.folder / LEDGER, is_acked=self.console.speaks_acks
-        )
         return Outcome(
-            report,
+            self.check(is_acked=self.console.speaks_acks),
             self.plan,
             self.kills,
             self.faults,
@@ -147,6 +144,10 @@ class Scenario:
             is_quiet,
             self._count(),
         )
+
+    def check(self, *, is_acked: bool = True) -> Report:
+        """Let the checker look at what was left; the box is stopped."""
+        return check(self.folder / JOURNAL, self.folder / LEDGER, is_acked=is_acked)
 
     def _count(self) -> dict[str, int]:
         proxy = self.cast.proxy.counts
