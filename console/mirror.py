@@ -390,10 +390,12 @@ class DeviceMirror:
     def _hear_snapshot(self, heard: Heard, now_s: float) -> list[Change]:
         body = _body(heard)
         changes = self._meet_ledger(body.get("ledger"), now_s) if heard.kind == "info" else []
-        if getattr(self.device, heard.kind) == body:
+        is_historic = heard.document.get("hist") is True
+        if getattr(self.device, heard.kind) == body and not is_historic:
             return changes
-        setattr(self.device, heard.kind, body)
-        self.is_changed = True
+        if not is_historic:
+            setattr(self.device, heard.kind, body)
+            self.is_changed = True
         return [*changes, self._change(heard.kind, heard)]
 
     def _find_job(self, job_id: str, now_s: float) -> JobView | None:
