@@ -136,7 +136,7 @@ def test_mirror_ends_where_the_device_is_and_acknowledges_only_what_it_heard(
         view = scene.mirror.jobs[job_id]
         if ended_before.get(job_id, scene.ledger) != scene.ledger:
             assert view.has_ended
-        elif state in ENDS or not view.spans_ledgers:
+        elif state in ENDS or not view.has_doubtful_rev:
             assert (view.state, view.rev) == (state, rev)
 
 
@@ -150,7 +150,7 @@ def find_ends(scene: Scene) -> dict[str, str]:
         job = change.job
         assert job.job_id not in ends, "something followed an end"
         known_ledger, known_rev = revs.get(job.job_id, (ledger, 0))
-        if known_ledger == ledger and not job.spans_ledgers:
+        if known_ledger == ledger and not job.has_doubtful_rev:
             assert job.rev > known_rev
         revs[job.job_id] = (ledger, job.rev)
         if job.has_ended:
