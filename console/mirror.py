@@ -71,8 +71,8 @@ class JobView:
     """When something was last heard of it, on the owner's monotonic clock."""
     is_stale: bool = False
     """Nothing was heard of it for long. Says nothing about its state."""
-    spans_ledgers: bool = False
-    """The device's ledger changed while it was open: an end counts then whatever its `rev`."""
+    has_doubtful_rev: bool = False
+    """Its `rev` may be one of a ledger that is lost: an end counts then whatever its `rev`."""
 
     @property
     def has_ended(self) -> bool:
@@ -334,7 +334,7 @@ class DeviceMirror:
         self.device.boot = self.device.conn = 0
         for job in self.jobs.values():
             if not job.has_ended:
-                job.rev, job.spans_ledgers = 0, True
+                job.rev, job.has_doubtful_rev = 0, True
                 self._send_again(job)
         return [self._change("ledger", body={"ledger": ledger, "before": known})]
 
@@ -358,6 +358,8 @@ class DeviceMirror:
             return fresh
         job.rev, job.state, job.attempt = rev, state, int(body.get("attempt", 0))
         job.reason = body.get("reason")
+        if not self._is_present(heard):
+            job.has_doubtful_rev = True
         if state in ENDS:
             job.reported_ms, job.received_ms = reported_ms, wall_ms
         return [self._change("state", heard, job=replace(job))]
@@ -390,10 +392,12 @@ class DeviceMirror:
     def _hear_snapshot(self, heard: Heard, now_s: float) -> list[Change]:
         body = _body(heard)
         changes = self._meet_ledger(body.get("ledger"), now_s) if heard.kind == "info" else []
-        if getattr(self.device, heard.kind) == body:
+        is_historic = heard.document.get("hist") is True
+        if getattr(self.device, heard.kind) == body and not is_historic:
             return changes
-        setattr(self.device, heard.kind, body)
-        self.is_changed = True
+        if not is_historic:
+            setattr(self.device, heard.kind, body)
+            self.is_changed = True
         return [*changes, self._change(heard.kind, heard)]
 
     def _find_job(self, job_id: str, now_s: float) -> JobView | None:
@@ -417,10 +421,13 @@ class DeviceMirror:
         A record does not name its ledger; its `boot` tells those of another one apart. What
         is not counted here for that reason comes again, because it is not acknowledged.
         """
-        seq, boot = heard.document.get("seq"), heard.document.get("boot")
-        if heard.is_retained or not isinstance(seq, int) or seq < 1:
-            return None
-        return seq if boot is None or self.device.boot in (0, boot) else None
+        seq = heard.document.get("seq")
+        return seq if isinstance(seq, int) and seq >= 1 and self._is_present(heard) else None
+
+    def _is_present(self, heard: Heard) -> bool:
+        """Say whether a report is surely one of the device's present ledger."""
+        boot = heard.document.get("boot")
+        return not heard.is_retained and (boot is None or self.device.boot in (0, boot))
 
     def _count_record(self, heard: Heard) -> None:
         """Count a record's number once the record has been taken in."""
@@ -509,7 +516,7 @@ class DeviceMirror:
                 if job.has_ended or job.rev == listed[job_id]:
                     continue
                 # Lower there than here: perhaps a ledger from a backup, whose ends must count.
-                job.spans_ledgers = job.spans_ledgers or listed[job_id] < job.rev
+                job.has_doubtful_rev = job.has_doubtful_rev or listed[job_id] < job.rev
                 unknown.append(job_id)
             elif not job.is_complete and (is_whole or job.state is None or job.has_ended):
                 self._sort_out(job, missing, unknown)
@@ -642,7 +649,7 @@ def _counts(job: JobView, state: JobState, rev: int) -> bool:
     """Say whether a reported state is newer than what is known."""
     if job.has_ended:
         return False
-    if state in ENDS and job.spans_ledgers:
+    if state in ENDS and job.has_doubtful_rev:
         return True
     return rev > job.rev
 
