@@ -5,8 +5,8 @@ which are to be stopped, and why. Never decides that a job must stop, and ends
 nothing but a model's run.
 
 Invariants: a job that was stopped before it is at work never gets there; a stop
-reaches the run of the jobs it was meant for, never the one after it. `enter`,
-`begin` and `leave` are called by the thread that runs; everything else by any.
+reaches the run of the jobs it was meant for, never the one after it. `enter`
+and `begin` are called by the thread that runs; everything else by any.
 """
 
 import time
@@ -37,6 +37,8 @@ class AtWork:
     """When these jobs came to work, seconds on the monotonic clock."""
     spent_s: float
     """What a job that is alone at work has used before."""
+    is_loading: bool
+    """They wait for their model."""
 
 
 def _ignore(_: JobIds) -> None:
@@ -58,10 +60,11 @@ class RunControl:
         self._at_work: JobIds = ()
         self._since = time.monotonic()
         self._stop: RunStop | None = None
+        self._is_loading = False
 
     # --- the thread that runs -------------------------------------------------------------
 
-    def enter(self, job_ids: Iterable[str]) -> None:
+    def enter(self, job_ids: Iterable[str], *, is_loading: bool = False) -> None:
         """Say which jobs are at work from now on; equal ids count once."""
         ids = tuple(dict.fromkeys(job_ids))
         self._entered(ids)
@@ -72,10 +75,7 @@ class RunControl:
                 job_id = self._at_work[0]
                 self._spent[job_id] = self._spent.get(job_id, 0.0) + now - self._since
             self._at_work, self._since, self._stop = ids, now, None
-
-    def leave(self) -> None:
-        """Say that nothing is at work any more."""
-        self.enter(())
+            self._is_loading = is_loading
 
     def begin(self) -> RunStop:
         """Return the switch of the run that the jobs at work begin now."""
@@ -98,7 +98,7 @@ class RunControl:
         with self._lock:
             ids = self._at_work
             spent_s = self._spent.get(ids[0], 0.0) if len(ids) == 1 else 0.0
-            return AtWork(ids, self._since, spent_s)
+            return AtWork(ids, self._since, spent_s, self._is_loading)
 
     def stop(self, job_ids: Collection[str], why: InferError) -> None:
         """Stop jobs: those at work as soon as the runtime can, the others before they begin."""

@@ -122,17 +122,10 @@ class Engine:
 
         Blocks while the model loads and runs. Thread-safe. Raises nothing: every error,
         a failing load included, is in the outcomes; so is why `control` stopped a job.
+        What is at work at the end stays so in `control`.
         """
         control = control or RunControl()
-        try:
-            return self._infer(folder, requests, control)
-        finally:
-            control.leave()
-
-    def _infer(
-        self, folder: Path, requests: Sequence[InferRequest], control: RunControl
-    ) -> list[InferOutcome]:
-        control.enter(request.job_id for request in requests)
+        control.enter((request.job_id for request in requests), is_loading=True)
         outcomes = [InferOutcome(request.job_id) for request in requests]
         model = _attempt(str(folder), lambda: self.load(folder))
         if isinstance(model, InferError):
