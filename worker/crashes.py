@@ -3,8 +3,10 @@
 Evidence of a crash is a trace that `faulthandler` wrote, or that the kernel's
 out-of-memory counter grew. The trace names the thread that crashed, and the
 journal what that thread was at: only those jobs are named. Where no thread is
-named (a runtime's own thread, out of memory) it is whatever was at work. A
-death without evidence, such as SIGKILL from outside, is nobody's fault.
+named (a runtime's own thread, out of memory) it is what was at work, if that was
+one task. Were it several, none of their jobs is named: a job that happened to
+run beside a poisonous one, twice, would be taken for poison too. A death without
+evidence, such as SIGKILL from outside, is nobody's fault.
 
 Invariants: files are removed after their message was sent, so a reader that is
 killed itself loses none (the agent tells duplicates by the attempt); a journal
@@ -42,8 +44,10 @@ class Crash:
 
     signal: str
     record: RunRecord
+    jobs: tuple[tuple[str, int], ...]
+    """Ids and attempts of the jobs whose fault it was; none where that cannot be told."""
     counts: bool
-    """Whether it counts for the model version: one crash of a process does so once."""
+    """Whether it was this model version's fault, and no other message says so."""
 
 
 def find_crashes(dead: DeadJournal, boot: str, oom: OomCount) -> Sequence[Crash]:
@@ -72,14 +76,14 @@ def _find_culprit(trace: str) -> int | None:
 
 
 def _blame(signal: str, records: Sequence[RunRecord], culprit: int | None) -> Sequence[Crash]:
-    crashes: list[Crash] = []
-    counted: set[tuple[str, str | None]] = set()
-    for record in records:
-        if culprit is None or record.thread == culprit:
-            version = (record.model, record.version)
-            crashes.append(Crash(signal, record, counts=version not in counted))
-            counted.add(version)
-    return crashes
+    if culprit is not None:
+        records = [record for record in records if record.thread == culprit]
+    is_clear = len(records) == 1
+    is_same_model = len({(record.model, record.version) for record in records}) == 1
+    return [
+        Crash(signal, record, record.jobs if is_clear else (), counts=is_same_model and not index)
+        for index, record in enumerate(records)
+    ]
 
 
 def report_predecessors(
@@ -110,7 +114,7 @@ def _log(dead: DeadJournal, crashes: Sequence[Crash]) -> None:
     if dead.trace:
         log.error("the worker before this one crashed; its trace:\n%s", dead.trace.rstrip())
     for crash in crashes:
-        jobs = ", ".join(job_id for job_id, _ in crash.record.jobs)
+        jobs = ", ".join(job_id for job_id, _ in crash.jobs or crash.record.jobs)
         model = f"{crash.record.model}/{crash.record.version}"
         log.error("%s while model %s ran jobs %s", crash.signal, model, jobs)
 

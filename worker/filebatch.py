@@ -59,7 +59,7 @@ class FileBatch:
     def run(self) -> InferOutcome:
         """Run all files; the value is a list of one entry a file, in order."""
         control = self._run.control
-        control.enter((self.job_id,))
+        control.enter_alone(self.job_id)
         self._report()
         for files, inputs in self._iter_calls():
             started = time.monotonic()
@@ -70,7 +70,7 @@ class FileBatch:
                 return self._total
             self._adapt(time.monotonic() - started)
             self._report()
-            control.enter((self.job_id,))
+            control.enter_alone(self.job_id)
             if self._total.error is not None:
                 return self._total
         if self._first_error is not None and all("error" in entry for entry in self._entries):

@@ -85,13 +85,18 @@ class JournalEntry:
 
     def open(self, task: dict[str, Any], version: str | None) -> None:
         """Say which task runs in this thread; none of its jobs is at work yet."""
-        jobs = [(item["id"], item["attempt"]) for item in task["jobs"]]
+        jobs = task["jobs"]
         head = {name: task[name] for name in ("task", "model", "reply")}
-        text = json.dumps({**head, "version": version, "jobs": jobs}).encode()
+        # One to a line and not as JSON, which costs more: this is done for every task.
+        lines = [json.dumps({**head, "version": version})]
+        lines += [f"{item['attempt']} {item['id']}" for item in jobs]
+        text = "\n".join(lines).encode()
         self.close()
         if len(text) > _ENTRY_BYTES - _TEXT_AT or len(jobs) > 8 * _BITS_BYTES:
             return
-        self._bits = {job_id: 1 << index for index, (job_id, _) in enumerate(jobs)}
+        self._bits = {
+            job_id: 1 << index for index, job_id in enumerate(item["id"] for item in jobs)
+        }
         start = self._at + _TEXT_AT
         self._memory[start : start + len(text)] = text
         # The length comes last: until then the entry counts as none.
@@ -101,7 +106,9 @@ class JournalEntry:
     def mark(self, job_ids: Sequence[str]) -> None:
         """Say which jobs are at work now; before `open` and after `close` it does nothing."""
         if self._bits:
-            bits = sum(self._bits.get(job_id, 0) for job_id in job_ids)
+            bits = 0
+            for job_id in job_ids:
+                bits |= self._bits.get(job_id, 0)
             start = self._at + _BITS_AT
             self._memory[start : start + _BITS_BYTES] = bits.to_bytes(_BITS_BYTES, "little")
 
@@ -219,14 +226,12 @@ def _parse_entry(data: bytes) -> RunRecord | None:
     if not length or not bits:
         return None
     try:
-        text = json.loads(data[_TEXT_AT : _TEXT_AT + length])
-        jobs = tuple(
-            (str(job_id), int(attempt))
-            for index, (job_id, attempt) in enumerate(text["jobs"])
-            if bits >> index & 1
-        )
-        names = (text["task"], text["model"], text["version"], text["reply"])
-    except (ValueError, KeyError, TypeError):
+        first, *lines = data[_TEXT_AT : _TEXT_AT + length].decode().split("\n")
+        head = json.loads(first)
+        pairs = [line.split(" ", 1) for line in lines]
+        jobs = tuple((pair[1], int(pair[0])) for n, pair in enumerate(pairs) if bits >> n & 1)
+        names = (head["task"], head["model"], head["version"], head["reply"])
+    except (ValueError, KeyError, TypeError, IndexError):
         return None
     return RunRecord(thread, *names, jobs)
 

@@ -88,7 +88,7 @@ def send_crash(app: Celery, crash: Crash) -> None:
         "model": record.model,
         "version": record.version if crash.counts else None,
         "signal": crash.signal,
-        "jobs": [{"id": job_id, "attempt": attempt} for job_id, attempt in record.jobs],
+        "jobs": [{"id": job_id, "attempt": attempt} for job_id, attempt in crash.jobs],
     }
     _publish(app, record.reply, body, retry=True)
 

@@ -67,21 +67,30 @@ def test_trace_names_the_thread_and_the_journal_its_jobs(dead: Predecessor) -> N
     record = crash.record
     assert (record.task, record.model, record.version) == ("task-1", "m", "7")
     assert record.reply == "outcomes.box"
-    assert record.jobs == (("a", 2), ("c", 2))
+    assert crash.jobs == record.jobs == (("a", 2), ("c", 2))
     assert not list(dead.folder.iterdir())
     assert dead.report() == []
 
 
-def test_crash_in_a_runtime_s_own_thread_is_of_all_that_was_at_work(dead: Predecessor) -> None:
+def test_crash_in_a_runtime_s_own_thread_is_of_the_one_task_at_work(dead: Predecessor) -> None:
     dead.run("a", at_work="a")
-    dead.run("b", at_work="b", task="task-2")
+    dead.run("b", at_work="", task="task-2")
+    dead.die(NATIVE)
+    assert [crash.jobs for crash in dead.report()] == [(("a", 2),)]
+
+
+@pytest.mark.parametrize(("model", "counts"), [("m", [True, False]), ("n", [False, False])])
+def test_where_several_tasks_were_at_work_no_job_is_accused(
+    dead: Predecessor, model: str, counts: list[bool]
+) -> None:
+    dead.run("a", at_work="a")
+    dead.run("b", at_work="b", task="task-2", model=model)
     dead.die(NATIVE)
     crashes = dead.report()
-    assert [(crash.record.task, crash.counts) for crash in crashes] == [
-        ("task-1", True),
-        # One crash counts once for a model version.
-        ("task-2", False),
-    ]
+    assert [crash.record.task for crash in crashes] == ["task-1", "task-2"]
+    assert [crash.jobs for crash in crashes] == [(), ()]
+    # What they share is the model version: it counts, once.
+    assert [crash.counts for crash in crashes] == counts
 
 
 def test_crash_in_a_thread_that_runs_no_job_is_of_none(dead: Predecessor) -> None:
@@ -161,7 +170,7 @@ def test_files_stay_until_the_message_is_sent(dead: Predecessor) -> None:
 
     with pytest.raises(ConnectionError):
         report_predecessors(dead.folder, BOOT, NOTHING, fail)
-    assert [crash.record.jobs for crash in dead.report()] == [(("a", 2),)]
+    assert [crash.jobs for crash in dead.report()] == [(("a", 2),)]
 
 
 def test_living_process_s_journal_is_left_alone(dead: Predecessor) -> None:
