@@ -31,9 +31,16 @@ class Desk:
     clock: FakeClock = field(default_factory=FakeClock)
     limits: LimitSettings = field(default_factory=LimitSettings)
     keep_ends_days: int = 30
+    synchronous: str = "FULL"
 
     def __post_init__(self) -> None:
-        self.store = Store(self.folder / "ledger.db", self.clock)
+        self.store = Store(self.folder / "ledger.db", self.clock, synchronous=self.synchronous)
+        self.open_jobs = 0
+        self._mid = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again with what is on disk, as a new process would."""
         self.topics = self.store.topics
         self.retention = Retention(self.clock, self.keep_ends_days, 2)
         self.store.run(self.retention.begin)
@@ -49,8 +56,6 @@ class Desk:
             answer_nothing,
         )
         self.intake.begin(IDENTITY)
-        self.open_jobs = 0
-        self._mid = 0
 
     def message(self, topic: str, payload: bytes, expiry_s: int | None = None) -> Received:
         """Return a message with QoS 1 and a number of its own, as the broker would send it."""
