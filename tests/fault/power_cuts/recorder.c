@@ -121,10 +121,15 @@ static int open_noted(int folder, const char *given, int flags, mode_t mode) {
         va_end(rest);                                       \
     }
 
-int open(const char *path, int flags, ...) { MODE_OF(flags) return open_noted(AT_FDCWD, path, flags, mode); }
-int openat(int folder, const char *path, int flags, ...) { MODE_OF(flags) return open_noted(folder, path, flags, mode); }
-int open64(const char *path, int flags, ...) { MODE_OF(flags) return open_noted(AT_FDCWD, path, flags, mode); }
-int openat64(int folder, const char *path, int flags, ...) { MODE_OF(flags) return open_noted(folder, path, flags, mode); }
+int open(const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return open_noted(AT_FDCWD, path, flags, mode);
+}
+
+int openat(int folder, const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return open_noted(folder, path, flags, mode);
+}
 
 ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
     char path[PATH_MAX];
@@ -135,7 +140,6 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
     pthread_mutex_unlock(&lock);
     return done;
 }
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) { return pwrite(fd, data, size, offset); }
 
 ssize_t write(int fd, const void *data, size_t size) {
     char path[PATH_MAX];
@@ -143,7 +147,10 @@ ssize_t write(int fd, const void *data, size_t size) {
     pthread_mutex_lock(&lock);
     ssize_t done = REAL(write)(fd, data, size);
     /* After the call the position is the end of what was written, with O_APPEND too. */
-    if (done > 0) note('w', path, (uint64_t)(lseek(fd, 0, SEEK_CUR) - done), (uint64_t)done, data, (uint32_t)done);
+    if (done > 0) {
+        uint64_t offset = (uint64_t)(lseek(fd, 0, SEEK_CUR) - done);
+        note('w', path, offset, (uint64_t)done, data, (uint32_t)done);
+    }
     pthread_mutex_unlock(&lock);
     return done;
 }
@@ -157,7 +164,6 @@ int ftruncate(int fd, off_t size) {
     pthread_mutex_unlock(&lock);
     return rc;
 }
-int ftruncate64(int fd, off64_t size) { return ftruncate(fd, size); }
 
 int posix_fallocate(int fd, off_t offset, off_t size) {
     char path[PATH_MAX];
@@ -168,7 +174,6 @@ int posix_fallocate(int fd, off_t offset, off_t size) {
     pthread_mutex_unlock(&lock);
     return rc;
 }
-int posix_fallocate64(int fd, off64_t offset, off64_t size) { return posix_fallocate(fd, offset, size); }
 
 int fallocate(int fd, int mode, off_t offset, off_t size) {
     char path[PATH_MAX];
@@ -179,7 +184,6 @@ int fallocate(int fd, int mode, off_t offset, off_t size) {
     pthread_mutex_unlock(&lock);
     return rc;
 }
-int fallocate64(int fd, int mode, off64_t offset, off64_t size) { return fallocate(fd, mode, offset, size); }
 
 static int sync_noted(int fd, int (*real)(int)) {
     char path[PATH_MAX];
@@ -190,7 +194,9 @@ static int sync_noted(int fd, int (*real)(int)) {
     pthread_mutex_unlock(&lock);
     return rc;
 }
+
 int fsync(int fd) { return sync_noted(fd, REAL(fsync)); }
+
 int fdatasync(int fd) { return sync_noted(fd, REAL(fdatasync)); }
 
 int unlink(const char *path) {
@@ -220,4 +226,34 @@ void *mmap(void *address, size_t size, int access, int flags, int fd, off_t offs
     }
     return REAL(mmap)(address, size, access, flags, fd, offset);
 }
-void *mmap64(void *address, size_t size, int access, int flags, int fd, off64_t offset) { return mmap(address, size, access, flags, fd, offset); }
+
+#ifdef __GLIBC__
+/* glibc's names for the same calls; on a machine of 64 bits the types are the same too. */
+int open64(const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return open_noted(AT_FDCWD, path, flags, mode);
+}
+
+int openat64(int folder, const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return open_noted(folder, path, flags, mode);
+}
+
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
+    return pwrite(fd, data, size, offset);
+}
+
+int ftruncate64(int fd, off64_t size) { return ftruncate(fd, size); }
+
+int posix_fallocate64(int fd, off64_t offset, off64_t size) {
+    return posix_fallocate(fd, offset, size);
+}
+
+int fallocate64(int fd, int mode, off64_t offset, off64_t size) {
+    return fallocate(fd, mode, offset, size);
+}
+
+void *mmap64(void *address, size_t size, int access, int flags, int fd, off64_t offset) {
+    return mmap(address, size, access, flags, fd, offset);
+}
+#endif

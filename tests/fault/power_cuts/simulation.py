@@ -40,6 +40,7 @@ LEDGER = "ledger.db"
 VARIANTS = 3
 """Cuts that each boundary needs to be seen in every way."""
 _KEPT_EXAMPLES = 5
+_EXAMPLE_CHARACTERS = 300
 _MEMORY_FOLDER = Path("/dev/shm")
 _SHM_BYTES = 32768
 
@@ -191,7 +192,7 @@ def _count(
         figures.bad_cuts += 1
         if len(figures.examples) < _KEPT_EXAMPLES:
             text = f"boundary {boundary}, commit {promises[0].commit}, {cut.variant}: {problem}"
-            figures.examples.append(text)
+            figures.examples.append(text[:_EXAMPLE_CHARACTERS])
 
 
 class _Reopening:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the recorder is
 
 SEED = 1
 ROUNDS = 3
-PLANTED_CUTS = 100
+PLANTED_CUTS = 60
 """Enough to find a planted defect."""
 
 
