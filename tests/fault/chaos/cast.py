@@ -63,6 +63,8 @@ class Member:
     ) -> None:
         self.name = name
         self.starts = 0
+        self.crashes: list[float] = []
+        """When it ended badly by itself, such as after a poison job."""
         self._argv = argv
         self._environment = environment
         self._log_path = log_path
@@ -85,7 +87,10 @@ class Member:
             if not self._is_wanted or self._process is None or self._process.poll() is None:
                 return
             now = time.monotonic()
-            self._ended_at = self._ended_at or now
+            if self._ended_at is None:
+                self._ended_at = now
+                if self._process.returncode not in (0, -signal.SIGKILL):
+                    self.crashes.append(now)
             if now - self._ended_at >= self._restart_s:
                 self._spawn()
 

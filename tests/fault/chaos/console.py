@@ -30,6 +30,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.fault.chaos.jobs import (
     ChaosJob,
@@ -164,7 +165,11 @@ class ChaosConsole(threading.Thread):
         _properties: Properties | None,
     ) -> None:
         if not code.is_failure:
-            client.subscribe(self._d2c + "#", qos=1)
+            # What is retained comes with a new subscription, not with every connection.
+            options = SubscribeOptions(
+                qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            )
+            client.subscribe(self._d2c + "#", options=options)
             self._is_up.set()
             self._inbox.put(_Up())
 
