@@ -10,7 +10,7 @@ Source: docs/protocol.md, "Envelope" and "Jobs".
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
@@ -27,12 +27,17 @@ from agent.errors import (
 )
 from agent.jobs import Lane
 from agent.manifest import NAME_PATTERN
+from agent.window import Window
 
 VERSION = 1
 _STRICT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 SUBMIT = "job.submit"
 CANCEL = "job.cancel"
+ACK = "ack"
+SYNC = "sync"
+TRUST = "model.trust"
 _SERIES = 32**3
+_FILES_MAX = 1000
 
 # Handlers a job may name, with the lane each runs in unless the job says another.
 HANDLERS: dict[str, Lane] = {"infer": Lane.INFERENCE, "infer.batch": Lane.BATCH}
@@ -94,17 +99,24 @@ class TensorData(_Wire):
 
 
 class JobInput(_Wire):
-    """A job's input: exactly one of tensors, inline bytes, or a file on the box."""
+    """A job's input: exactly one of tensors, inline bytes, a file or files on the box."""
 
     tensors: list[TensorData] | None = None
     data_b64: str | None = None
     file: str | None = Field(default=None, min_length=1, max_length=4096)
+    files: list[Annotated[str, Field(min_length=1, max_length=4096)]] | None = Field(
+        default=None, min_length=1, max_length=_FILES_MAX
+    )
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     size_bytes: int | None = Field(default=None, ge=0)
 
     def given(self) -> int:
         """Return how many of the forms are present."""
-        return sum(form is not None for form in (self.tensors, self.data_b64, self.file))
+        forms = (self.tensors, self.data_b64, self.file, self.files)
+        return sum(form is not None for form in forms)
+
+
+_Body = TypeVar("_Body", bound=_Wire)
 
 
 def _check_time(text: str | None) -> None:
@@ -127,6 +139,30 @@ class SubmitBody(_Wire):
     run_timeout_s: float | None = Field(default=None, gt=0, le=10**6)
     max_attempts: int | None = Field(default=None, ge=1, le=100)
     on_interrupt: Literal["retry", "fail"] = "retry"
+    on_error: Literal["retry", "fail"] = "retry"
+    retry_delay_s: float | None = Field(default=None, ge=0, le=86_400)
+    progress_timeout_s: float | None = Field(default=None, gt=0, le=10**6)
+    dedupe_key: str | None = Field(default=None, min_length=1, max_length=128)
+    dedupe: Literal["drop_new", "replace_queued", "run_all"] = "drop_new"
+    on_full: Literal["keep_newest", "keep_oldest", "fail"] = "keep_newest"
+    window: Window | None = None
+
+
+class AckBody(_Wire):
+    """The body of a console's acknowledgement."""
+
+    seq: int = Field(ge=0)
+    ledger: str | None = None
+
+
+class SyncBody(_Wire):
+    """The body of a console's side of a reconciliation."""
+
+    ledger: str | None = None
+    acked_seq: int | None = Field(default=None, ge=0)
+    missing: list[dict[str, Any]] = Field(default_factory=list)
+    unknown: list[str] = Field(default_factory=list)
+    cancel: list[str] = Field(default_factory=list)
 
 
 def decode_envelope(payload: bytes, max_bytes: int) -> Envelope:
@@ -194,9 +230,41 @@ def parse_submit(envelope: Envelope, job_id: str) -> SubmitBody:
         msg = f"the body names job {body.job_id}, the topic {job_id}"
         raise InvalidBodyError(msg)
     if body.input.given() != 1:
-        msg = "body: input: give exactly one of tensors, data_b64 and file"
+        msg = "body: input: give exactly one of tensors, data_b64, file and files"
+        raise InvalidBodyError(msg)
+    if body.input.files is not None and body.handler != "infer.batch":
+        msg = "body: input: files are for the handler infer.batch"
         raise InvalidBodyError(msg)
     return body
+
+
+def parse_ack(envelope: Envelope) -> AckBody:
+    """Return the checked body of an acknowledgement.
+
+    Raises:
+        UnsupportedTypeError: the envelope is no `ack`.
+        InvalidBodyError: the body does not fit the schema.
+    """
+    check_type(envelope, ACK)
+    return _validate(AckBody, envelope)
+
+
+def parse_sync(envelope: Envelope) -> SyncBody:
+    """Return the checked body of a console's sync.
+
+    Raises:
+        UnsupportedTypeError: the envelope is no `sync`.
+        InvalidBodyError: the body does not fit the schema.
+    """
+    check_type(envelope, SYNC)
+    return _validate(SyncBody, envelope)
+
+
+def _validate(model: type[_Body], envelope: Envelope) -> _Body:
+    try:
+        return model.model_validate(envelope.body)
+    except ValidationError as exc:
+        raise InvalidBodyError(f"body: {describe(exc)}") from exc
 
 
 def hash_text(text: str | bytes) -> str:
@@ -219,8 +287,14 @@ def encode_body(body: dict[str, Any]) -> str:
 
 
 def is_same_body(one: str, other: str) -> bool:
-    """Say whether two JSON texts are the same value, whatever their spelling."""
-    return _is_equal(from_json(one or "null"), from_json(other or "null"))
+    """Say whether two JSON texts are the same value, whatever their spelling.
+
+    One that was damaged on the disk is the same as nothing.
+    """
+    try:
+        return _is_equal(from_json(one or "null"), from_json(other or "null"))
+    except ValueError:
+        return False
 
 
 def _is_equal(one: Any, other: Any) -> bool:

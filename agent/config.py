@@ -84,6 +84,9 @@ class MqttSettings(_Section):
     )
     reconnect_min_s: float = Field(default=1.0, gt=0, description="Shortest reconnect wait.")
     reconnect_max_s: float = Field(default=300.0, gt=0, description="Longest reconnect wait.")
+    sync_s: float = Field(
+        default=900.0, gt=0, description="Time between two reconciliations with the console."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "MqttSettings":
@@ -120,6 +123,13 @@ class QueueSettings(_Section):
         gt=0,
         description="A task neither in the broker nor held by a worker for so long is sent again.",
     )
+    aging_s: float = Field(
+        default=60.0, gt=0, description="A waiting job gains one level of priority in this time."
+    )
+    retry_delay_s: float = Field(
+        default=1.0, ge=0, description="Wait before a second retry; doubles, with jitter."
+    )
+    retry_delay_max_s: float = Field(default=300.0, gt=0, description="Longest wait of a retry.")
 
 
 class StoreSettings(_Section):
@@ -130,6 +140,19 @@ class StoreSettings(_Section):
     )
     keep_ends_days: int = Field(
         default=30, ge=1, description="How long ended jobs are remembered (duplicates meet them)."
+    )
+    keep_bodies_days: int = Field(
+        default=2, ge=1, description="How long the input and result of an ended job are kept."
+    )
+    min_free_bytes: int = Field(
+        default=64 << 20,
+        ge=0,
+        description="With less free disk no new work is taken (a tenth of a small disk at most).",
+    )
+    ballast_bytes: int = Field(
+        default=8 << 20,
+        ge=0,
+        description="Reserve that is freed when the disk is full (a twentieth at most).",
     )
 
 
@@ -153,6 +176,21 @@ class OutboxSettings(_Section):
         ge=0,
         description="Under load a state before the end may wait so long for a newer one.",
     )
+    ack: Literal["auto", "console", "broker"] = Field(
+        default="auto",
+        description="Whose acknowledgement removes a record; auto: the broker's until a console "
+        "acknowledges for the first time.",
+    )
+    result_bytes: int = Field(
+        default=256 << 20, ge=4096, description="Results waiting for the console, all together."
+    )
+    result_days: int = Field(default=30, ge=1, description="Age at which a result is given up.")
+    events: int = Field(default=2000, ge=10, description="Events waiting for the console.")
+    telemetry: int = Field(
+        default=2880,
+        ge=16,
+        description="Heartbeats kept while offline; then thinned.",
+    )
 
 
 class LimitSettings(_Section):
@@ -171,6 +209,9 @@ class LimitSettings(_Section):
     run_timeout_s: float = Field(
         default=120.0, gt=0, description="Longest run of one attempt, if the job says none."
     )
+    bad_commands_per_min: int = Field(
+        default=60, ge=1, description="Events about bad commands; what is over is counted only."
+    )
 
 
 class WorkerSettings(_Section):
@@ -178,6 +219,9 @@ class WorkerSettings(_Section):
 
     concurrency: int | None = Field(
         default=None, ge=1, description="Tasks at a time; by default the cores of the cgroup."
+    )
+    cancel_grace_s: float = Field(
+        default=10.0, ge=0, description="A cancelled run that goes on so long ends its process."
     )
 
 

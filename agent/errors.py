@@ -14,6 +14,7 @@ AgentError
 │   ├── UnknownHandlerError no handler of that name
 │   ├── ResponseTopicError  a reply would go where replies may not go
 │   ├── QueueFullError      the ledger holds as many open jobs as it may
+│   ├── QuarantinedError    the model version crashed its workers and is not served
 │   └── IdConflictError     a known job id with another body
 ├── IllegalTransitionError  a job cannot go from its state to that one
 ├── ModelError              something about the model repository
@@ -118,6 +119,12 @@ class QueueFullError(CommandError):
 
     code = "queue_full"
     retryable = True
+
+
+class QuarantinedError(CommandError):
+    """The model version crashed its workers and is not served until a person releases it."""
+
+    code = "model_quarantined"
 
 
 class IdConflictError(CommandError):

@@ -18,6 +18,10 @@ from agent.jobs import Lane
 
 INFER_TASK = "edgeward.infer"
 OUTCOME = "outcome"
+PROGRESS = "progress"
+CRASH = "crash"
+CANCEL_PREFIX = "edgeward:cancel:"
+CANCEL_LIFE_S = 3600
 # Workers say that they live in a key of short life: often while they hold tasks.
 EPOCH_KEY = "edgeward:epoch"
 HEARTBEAT_PREFIX = "edgeward:worker:"
@@ -117,6 +121,11 @@ class HeartbeatBody(BaseModel):
     """Ids of the tasks that it has taken and not finished."""
     started: list[str]
     """Those of them whose run has begun, and lasts."""
+
+
+def cancel_key(job_id: str) -> str:
+    """Return the broker key that asks workers to stop running a job."""
+    return CANCEL_PREFIX + job_id
 
 
 def heartbeat_key(slot: str) -> str:

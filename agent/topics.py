@@ -85,6 +85,10 @@ class Topics:
         """Return the topic of a job's result."""
         return f"{self._d2c}result/{job_id}"
 
+    def progress(self, job_id: str) -> str:
+        """Return the topic of a running job's progress."""
+        return f"{self._d2c}progress/{job_id}"
+
     def event(self, kind: str) -> str:
         """Return the topic of an event of this kind."""
         return f"{self._d2c}event/{kind}"

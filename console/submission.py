@@ -59,15 +59,16 @@ def build_submit(wanted: Wanted, given: dict[str, Any], shown: str = "") -> Comm
         body["version"] = wanted.version
     if wanted.lane is not None:
         body["lane"] = wanted.lane
-    return Command(job_id, _wrap(SUBMIT, body), shown)
+    return Command(job_id, wrap(SUBMIT, body), shown)
 
 
 def build_cancel(job_id: str) -> Command:
     """Return the command that cancels a job."""
-    return Command(job_id, _wrap(CANCEL, {"job_id": job_id}))
+    return Command(job_id, wrap(CANCEL, {"job_id": job_id}))
 
 
-def _wrap(kind: str, body: dict[str, Any]) -> str:
+def wrap(kind: str, body: dict[str, Any]) -> str:
+    """Return an envelope around the body of a command."""
     head = {"v": VERSION, "id": new_id(), "type": kind, "ts": format_ms(SystemClock().wall_ms())}
     return encode({**head, "body": body})
 

@@ -62,6 +62,13 @@ def find_hottest(zones: tuple[ThermalZone, ...]) -> float | None:
     return max((zone.celsius for zone in zones if low < zone.celsius < high), default=None)
 
 
+def read_is_on_mains() -> bool | None:
+    """Say whether the box runs on mains power; None where it has no battery to tell by."""
+    find = getattr(psutil, "sensors_battery", None)
+    battery = find() if find is not None else None
+    return None if battery is None else battery.power_plugged
+
+
 def _read_memory(root: Path) -> _Memory:
     """Return the memory of whatever is nearest to its limit: the machine, or a cgroup level."""
     machine = psutil.virtual_memory()

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,15 +27,20 @@ from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from agent.clock import Clock
-from agent.commands import describe, encode, new_id
+from agent.commands import describe, encode, hash_text, new_id
 from agent.config import QueueSettings
 from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
-from agent.jobs import Lane
-from agent.store.ledger import Ledger, ReadyJob
+from agent.errors import QuarantinedError
+from agent.faults import reach
+from agent.jobs import Lane, Reason
+from agent.store.ledger import EndedJob, Ledger, ReadyJob
+from agent.store.options import read_options
 from agent.tasks import (
+    CANCEL_LIFE_S,
     HEARTBEAT_PREFIX,
     INFER_TASK,
     HeartbeatBody,
+    cancel_key,
     celery_message,
     connect_redis,
     lane_queue,
@@ -42,6 +48,7 @@ from agent.tasks import (
     read_epoch,
     transport_options,
 )
+from agent.window import BoxView, find_closed
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +73,21 @@ class Task:
     task_id: str
     lane: Lane
     payload: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Jobs whose runs workers are asked to stop."""
+
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """What a turn dispatches, and which jobs it ended instead."""
+
+    tasks: Sequence[Task] = ()
+    ended: Sequence[EndedJob] = ()
 
 
 @dataclass(slots=True)
@@ -98,6 +120,8 @@ class Dispatcher(threading.Thread):
         ledger: where jobs come from.
         clock: boot time for leases.
         post: puts a message into the writer's mailbox.
+        verify_served: raises where a model version is in quarantine.
+        view_box: says what the predicates of maintenance windows ask.
     """
 
     def __init__(
@@ -108,6 +132,8 @@ class Dispatcher(threading.Thread):
         ledger: Ledger,
         clock: Clock,
         post: Callable[[Message], None],
+        verify_served: Callable[[str, str | None], None] = lambda _model, _version: None,
+        view_box: Callable[[], BoxView] = BoxView,
     ) -> None:
         super().__init__(name="dispatch", daemon=True)
         self._device = device
@@ -116,12 +142,14 @@ class Dispatcher(threading.Thread):
         self._ledger = ledger
         self._clock = clock
         self._post = post
+        self._verify_served = verify_served
+        self._view_box = view_box
         self._lock = threading.Lock()
         self._under_way: dict[str, _UnderWay] = {}
         self._workers: dict[str, HeartbeatBody] = {}
         self._announced: set[str] = set()
         self._per_job_ms: dict[str, float] = {}
-        self._to_send: SimpleQueue[Task | None] = SimpleQueue()
+        self._to_send: SimpleQueue[Task | _Stop | None] = SimpleQueue()
         self._producer: Producer | None = None
         self._redis: redis.Redis | None = None
         self._next_check_ms = 0
@@ -137,26 +165,81 @@ class Dispatcher(threading.Thread):
             for task_id, lane in tasks:
                 self._under_way[task_id] = _UnderWay(lane, now_ms, sent=True)
 
-    def select(self, tx: Connection) -> list[Task]:
+    def select(self, tx: Connection) -> Dispatched:
         """Bundle ready jobs into tasks, as far as the window allows, and write their attempts."""
         if not self.broker.reachable:
-            return []
+            return Dispatched()
         tasks: list[Task] = []
+        ended: list[EndedJob] = []
         for lane in Lane:
             with self._lock:
                 used = sum(task.lane is lane for task in self._under_way.values())
             room = self._limits.window_tasks - used
             if room > 0:
                 limit = min(room * self._limits.bundle_jobs, _READ_JOBS)
-                ready = self._ledger.find_ready(tx, lane, limit)
+                found = self._ledger.schedule.find_ready(tx, lane, limit)
+                ready = self._admit(tx, found, ended)
                 tasks += self._bundle(tx, lane, self._split(ready, is_fed=used >= _FED), room)
-        return tasks
+        return Dispatched(tasks, ended)
+
+    def _admit(
+        self, tx: Connection, found: Sequence[ReadyJob], ended: list[EndedJob]
+    ) -> list[ReadyJob]:
+        """Return the jobs that may run now; end what never may, postpone what may later."""
+        ready: list[ReadyJob] = []
+        refused: list[tuple[str, Reason]] = []
+        postponed: list[tuple[ReadyJob, float]] = []
+        for job in found:
+            reason = self._find_obstacle(job)
+            if reason is not None:
+                refused.append((job.job_id, reason))
+            elif job.options and (wait_s := self._find_wait(job.options)) > 0:
+                postponed.append((job, wait_s))
+            else:
+                ready.append(job)
+        if postponed:
+            self._ledger.schedule.postpone(tx, postponed)
+        if refused:
+            ended += self._ledger.schedule.fail(tx, refused)
+        for job_id, reason in refused:
+            body: dict[str, object] = {
+                "code": reason.code,
+                "job_id": job_id,
+                "message": reason.message,
+            }
+            if reason.code == "payload_damaged":
+                self._ledger.add_event(tx, "payload_damaged", body)
+        return ready
+
+    def _find_obstacle(self, job: ReadyJob) -> Reason | None:
+        # A flipped bit passes SQLite's own checks; the hash was made when the job came.
+        if hash_text(job.body) != job.body_hash:
+            return Reason(
+                "payload_damaged", "the stored body no longer fits its hash: submit again"
+            )
+        try:
+            self._verify_served(job.model, job.version)
+        except QuarantinedError as exc:
+            return Reason(exc.code, str(exc))
+        return None
+
+    def _find_wait(self, options: str) -> float:
+        """Return for how many seconds a job's maintenance window stays closed."""
+        window = read_options(options).window
+        if window is None:
+            return 0.0
+        closed = find_closed(window, self._local_time(), self._view_box())
+        return closed.wait_s if closed else 0.0
+
+    def _local_time(self) -> datetime:
+        # Windows are in the local time of the people near the box.
+        return datetime.fromtimestamp(self._clock.wall_ms() / 1000)
 
     def _bundle(
         self, tx: Connection, lane: Lane, split: Sequence[list[ReadyJob]], room: int
     ) -> list[Task]:
         bundles = [(new_id(), jobs) for jobs in split[:room]]
-        self._ledger.assign(tx, bundles)
+        self._ledger.schedule.assign(tx, bundles)
         return [Task(task_id, lane, self._encode(task_id, jobs)) for task_id, jobs in bundles]
 
     def _split(self, ready: Sequence[ReadyJob], *, is_fed: bool) -> list[list[ReadyJob]]:
@@ -203,7 +286,8 @@ class Dispatcher(threading.Thread):
         )
         items = ",".join(
             f'{{"id":"{job.job_id}","attempt":{job.attempt + 1},'
-            f'"timeout_s":{job.run_timeout_s},"body":{job.body}}}'
+            f'"timeout_s":{job.run_timeout_s},'
+            f'"progress_timeout_s":{_find_progress_timeout(job)},"body":{job.body.decode()}}}'
             for job in jobs
         )
         return f'{head[:-1]},"jobs":[{items}]}}'
@@ -217,6 +301,12 @@ class Dispatcher(threading.Thread):
             with self._lock:
                 self._under_way[task.task_id] = _UnderWay(task.lane, now_ms)
             self._to_send.put(task)
+
+    def stop_runs(self, ended: Iterable[EndedJob]) -> None:
+        """Ask workers to stop running jobs that were cancelled while a task carried them."""
+        job_ids = tuple(job.job_id for job in ended if job.task_id is not None)
+        if job_ids:
+            self._to_send.put(_Stop(job_ids))
 
     def forget(self, task_ids: Iterable[str]) -> None:
         """Stop watching tasks whose outcome is committed, or which were given up."""
@@ -298,9 +388,21 @@ class Dispatcher(threading.Thread):
                 continue
             if task is None:
                 return
-            self._send(task)
+            if isinstance(task, _Stop):
+                self._ask_to_stop(task)
+            else:
+                self._send(task)
             if self._clock.boot_ms() >= self._next_check_ms:
                 self._check()
+
+    def _ask_to_stop(self, stop: _Stop) -> None:
+        try:
+            client: Any = self._redis or connect_redis(self._queue_url)
+            for job_id in stop.job_ids:
+                client.set(cancel_key(job_id), "1", ex=CANCEL_LIFE_S)
+        except (redis.RedisError, OSError) as exc:
+            # The job has ended all the same; what still runs brings an outcome that nobody wants.
+            self._mark_unreachable(exc)
 
     def _send(self, task: Task) -> None:
         with self._lock:
@@ -309,6 +411,7 @@ class Dispatcher(threading.Thread):
                 state.seen_ms, state.sent = self._clock.boot_ms(), True
         try:
             self._publish(task)
+            reach("dispatch.sent")
         except (KombuError, redis.RedisError, OSError) as exc:
             self._mark_unreachable(exc)
             self.forget([task.task_id])
@@ -425,6 +528,11 @@ def _find_task_id(message: bytes) -> str | None:
         return str(json.loads(message)["headers"]["id"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _find_progress_timeout(job: ReadyJob) -> str:
+    timeout_s = read_options(job.options).progress_timeout_s if job.options else None
+    return "null" if timeout_s is None else repr(timeout_s)
 
 
 def _cut(jobs: Sequence[ReadyJob], size: int, max_bytes: int) -> list[list[ReadyJob]]:

@@ -29,6 +29,7 @@ from agent.clock import Clock, format_ms
 from agent.commands import (
     CANCEL,
     SUBMIT,
+    TRUST,
     Envelope,
     SubmitBody,
     decode_envelope,
@@ -39,7 +40,7 @@ from agent.commands import (
 )
 from agent.config import Settings
 from agent.daemon.intake import refuse
-from agent.daemon.messages import Message, Spooled
+from agent.daemon.messages import Message, Released, Spooled
 from agent.errors import AgentError, CommandError, MalformedError, ModelNotFoundError
 from agent.fileio import append_line, fsync_dir, write_atomic
 from agent.jobs import ENDS, JobState, Source
@@ -224,17 +225,30 @@ class Inbox(threading.Thread):
         """Take a submit or a cancel that the command line left; it is removed after the commit."""
         try:
             envelope = decode_envelope(path.read_bytes(), self._settings.limits.payload_bytes)
-            job_id = str(envelope.body.get("job_id", ""))
-            if not JOB_ID_PATTERN.fullmatch(job_id):
-                msg = f"{path.name}: body.job_id is no ULID"
-                raise MalformedError(msg)
-            message = self._read_command(envelope, job_id, path)
+            if envelope.type == TRUST:
+                message: Message = self._read_trust(envelope, path)
+            else:
+                message = self._read_job_command(envelope, path)
         except AgentError as exc:
             log.warning("command %s refused: %s (%s)", path.name, exc, exc.code)
             path.rename(path.with_suffix(f".{exc.code}"))
             return
         path.rename(path.with_suffix(".taken"))
         self._post(message)
+
+    def _read_trust(self, envelope: Envelope, path: Path) -> Released:
+        model, version = envelope.body.get("model"), envelope.body.get("version")
+        if not isinstance(model, str) or not isinstance(version, str):
+            msg = f"{path.name}: body.model and body.version are texts"
+            raise MalformedError(msg)
+        return Released(model, version, lambda: path.with_suffix(".taken").unlink(missing_ok=True))
+
+    def _read_job_command(self, envelope: Envelope, path: Path) -> Spooled:
+        job_id = str(envelope.body.get("job_id", ""))
+        if not JOB_ID_PATTERN.fullmatch(job_id):
+            msg = f"{path.name}: body.job_id is no ULID"
+            raise MalformedError(msg)
+        return self._read_command(envelope, job_id, path)
 
     def _read_command(self, envelope: Envelope, job_id: str, path: Path) -> Spooled:
         def remove() -> None:

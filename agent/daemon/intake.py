@@ -5,7 +5,7 @@ input never raises out of here: it becomes a `rejected` job where the topic
 names one, and an event where it does not. What cannot be answered by a row
 (pings, replies) is returned as effects to run after the commit.
 
-Source: docs/protocol.md, "Jobs", rules 1–4 and 7.
+Source: docs/protocol.md, "Jobs", rules 1–4 and 7; "Reconcile".
 """
 
 import logging
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
-from ulid import ULID
 
 from agent.clock import Clock, parse_at
 from agent.commands import (
@@ -23,22 +22,30 @@ from agent.commands import (
     SubmitBody,
     check_type,
     decode_envelope,
+    encode,
     encode_body,
     hash_text,
+    parse_ack,
     parse_submit,
+    parse_sync,
 )
 from agent.config import Settings
+from agent.daemon.budget import EventBudget
 from agent.daemon.messages import Received, Spooled
 from agent.errors import (
     AgentError,
     CommandError,
+    InvalidBodyError,
     MalformedError,
     ModelNotFoundError,
     QueueFullError,
+    StorageFullError,
     UnsupportedTypeError,
 )
 from agent.jobs import JobState, Reason, Source
 from agent.store.ledger import EndedJob, Ledger, NewJob, Verdict
+from agent.store.options import pack_options
+from agent.store.retention import Retention
 from agent.topics import (
     JOB_ID_PATTERN,
     CommandAddress,
@@ -49,8 +56,17 @@ from agent.topics import (
 
 log = logging.getLogger(__name__)
 
-_DAY_MS = 86_400_000
 _LOOK_AGAIN_MS = 1000
+
+
+@dataclass
+class ConsoleNews:
+    """What a console has said of the records it has."""
+
+    acked_seq: int | None = None
+    """The highest number that it has without a gap."""
+    replay_after: int | None = None
+    """It answered a sync: what it has not acknowledged is sent again."""
 
 
 @dataclass
@@ -60,6 +76,20 @@ class IntakeResult:
     ended: list[EndedJob] = field(default_factory=list)
     accepted: int = 0
     replies: list[Callable[[], None]] = field(default_factory=list)
+    console: ConsoleNews = field(default_factory=ConsoleNews)
+
+
+@dataclass
+class _Batch:
+    """One turn's messages, sorted."""
+
+    jobs: list[NewJob] = field(default_factory=list)
+    cancels: dict[str, Source] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    """Jobs that a console sends because it missed their end: it wants the results too."""
+    unknown: list[str] = field(default_factory=list)
+    room: int = 0
+    is_storage_low: bool = False
 
 
 class Intake:
@@ -69,8 +99,10 @@ class Intake:
         settings: limits and defaults of jobs.
         topics: the device's topics.
         ledger: where jobs go.
+        retention: tells which ids are too old to be new.
         clock: wall and boot time.
         has_model: says whether the repository has an active version of a model.
+        verify_served: raises where a model version is in quarantine.
         answer: runs a request/reply command; returns what to do after the commit.
     """
 
@@ -79,19 +111,29 @@ class Intake:
         settings: Settings,
         topics: Topics,
         ledger: Ledger,
+        retention: Retention,
         clock: Clock,
         has_model: Callable[[str], bool],
+        verify_served: Callable[[str, str | None], None],
         answer: Callable[[str, Received, bool], Callable[[], None]],
     ) -> None:
         self._settings = settings
         self._topics = topics
         self._ledger = ledger
+        self._retention = retention
         self._clock = clock
         self._has_model = has_model
+        self._verify_served = verify_served
         self._answer = answer
         self._seen_models: dict[str, int] = {}
-        self._oldest_id = ""
-        self._oldest_until_ms = 0
+        self._budget = EventBudget(clock, settings.limits.bad_commands_per_min)
+        self._identity: str | None = None
+        self.unread: Callable[[], int] = lambda: 0
+        """Returns how many messages were thrown away unread since it was last asked."""
+
+    def begin(self, identity: str) -> None:
+        """Take note of the ledger's identity: what is meant for another one is ignored."""
+        self._identity = identity
 
     def handle(
         self,
@@ -99,51 +141,54 @@ class Intake:
         received: Sequence[Received],
         spooled: Sequence[Spooled],
         open_jobs: int,
+        *,
+        is_storage_low: bool = False,
     ) -> IntakeResult:
         """Write a batch of messages; the caller acknowledges them after its commit."""
         result = IntakeResult()
-        jobs: list[NewJob] = [item.job for item in spooled if item.job is not None]
-        room = self._settings.limits.open_jobs - open_jobs
-        cancels: dict[str, Source] = {
-            item.cancel: item.source for item in spooled if item.cancel is not None
-        }
+        batch = _Batch(
+            jobs=[item.job for item in spooled if item.job is not None],
+            cancels={item.cancel: item.source for item in spooled if item.cancel is not None},
+            room=self._settings.limits.open_jobs - open_jobs,
+            is_storage_low=is_storage_low,
+        )
         for message in received:
             try:
-                self._sort(tx, message, jobs, cancels, result, room)
+                self._sort(message, batch, result)
             except CommandError as exc:
                 self._refuse(tx, message, exc)
-        verdicts = self._ledger.accept(tx, jobs)
-        result.accepted = sum(
-            verdict is Verdict.ACCEPTED and job.state is JobState.QUEUED
-            for job, verdict in zip(jobs, verdicts, strict=True)
-        )
-        for source in set(cancels.values()):
-            ids = [job_id for job_id, origin in cancels.items() if origin is source]
-            result.ended += self._ledger.cancel(tx, ids, source)
+        self._write(tx, batch, result)
+        self._settle_budget(tx)
         return result
 
-    def _sort(
-        self,
-        tx: Connection,
-        message: Received,
-        jobs: list[NewJob],
-        cancels: dict[str, Source],
-        result: IntakeResult,
-        room: int,
-    ) -> None:
+    def _write(self, tx: Connection, batch: _Batch, result: IntakeResult) -> None:
+        accepted = self._ledger.accept(tx, batch.jobs, with_results=batch.lost)
+        result.ended += accepted.ended
+        result.accepted = sum(
+            verdict is Verdict.ACCEPTED and job.state is JobState.QUEUED
+            for job, verdict in zip(batch.jobs, accepted.verdicts, strict=True)
+        )
+        for source in set(batch.cancels.values()):
+            ids = [job_id for job_id, origin in batch.cancels.items() if origin is source]
+            result.ended += self._ledger.cancel(tx, ids, source)
+        if batch.unknown:
+            self._ledger.report_again(tx, batch.unknown)
+
+    def _sort(self, message: Received, batch: _Batch, result: IntakeResult) -> None:
         match self._topics.find_address(message.topic):
             case JobAddress(job_id, cancel):
                 _check_job_id(job_id)
                 if cancel:
                     self._check_cancel(message)
-                    cancels[job_id] = Source.MQTT
+                    batch.cancels[job_id] = Source.MQTT
                 else:
-                    jobs.append(self._read_job(message, job_id, room - len(jobs)))
+                    batch.jobs.append(self._read_job(message, job_id, batch))
             case CommandAddress(name, broadcast):
                 result.replies.append(self._answer(name, message, broadcast))
-            case DocumentAddress("ack" | "sync"):
-                # The broker's PUBACK counts in this version; see docs/protocol.md, "Outbox".
-                log.debug("%s ignored: this device counts the broker's PUBACK", message.topic)
+            case DocumentAddress("ack"):
+                self._read_ack(message, result)
+            case DocumentAddress("sync"):
+                self._read_sync(message, batch, result)
             case DocumentAddress(name):
                 msg = f"{name} documents are not understood by this version of the device"
                 raise UnsupportedTypeError(msg)
@@ -152,25 +197,60 @@ class Intake:
                 raise UnsupportedTypeError(msg)
 
     def _check_cancel(self, message: Received) -> None:
-        envelope = decode_envelope(message.payload, self._settings.limits.payload_bytes)
-        check_type(envelope, CANCEL)
+        check_type(self._decode(message), CANCEL)
 
-    def _read_job(self, message: Received, job_id: str, room: int) -> NewJob:
+    def _decode(self, message: Received) -> Envelope:
+        return decode_envelope(message.payload, self._settings.limits.payload_bytes)
+
+    # --- reconciliation ----------------------------------------------------------------------
+
+    def _read_ack(self, message: Received, result: IntakeResult) -> None:
+        body = parse_ack(self._decode(message))
+        if body.ledger in (None, self._identity):
+            result.console.acked_seq = max(body.seq, result.console.acked_seq or 0)
+
+    def _read_sync(self, message: Received, batch: _Batch, result: IntakeResult) -> None:
+        """Take in what a console has, misses, does not know and wants cancelled."""
+        body = parse_sync(self._decode(message))
+        if body.acked_seq is not None and body.ledger in (None, self._identity):
+            result.console.acked_seq = max(body.acked_seq, result.console.acked_seq or 0)
+            result.console.replay_after = body.acked_seq
+        for job_id in body.cancel:
+            _check_job_id(job_id)
+            batch.cancels[job_id] = Source.MQTT
+        batch.unknown += body.unknown
+        for document in body.missing:
+            payload = encode(document).encode()
+            job_id = _find_job_id(document)
+            whole = Received(message.conn, 0, self._topics.submit(job_id), payload)
+            batch.jobs.append(self._read_job(whole, job_id, batch))
+            batch.lost.append(job_id)
+
+    # --- jobs --------------------------------------------------------------------------------
+
+    def _read_job(self, message: Received, job_id: str, batch: _Batch) -> NewJob:
         """Return the job of a message, ended already where it cannot be accepted."""
+        self._retention.observe(job_id)
         try:
-            envelope = decode_envelope(message.payload, self._settings.limits.payload_bytes)
+            envelope = self._decode(message)
             text = encode_body(envelope.body)
         except CommandError as exc:
             return refuse(job_id, Source.MQTT, exc, hash_text(message.payload))
         try:
             body = parse_submit(envelope, job_id)
-            if room <= 0:
-                limit = self._settings.limits.open_jobs
-                msg = f"{limit} jobs are open; wait until some have ended"
-                raise QueueFullError(msg)
+            self._check_room(batch)
             return self.build_job(envelope, body, job_id, text, Source.MQTT, message.expiry_s)
-        except (CommandError, ModelNotFoundError) as exc:
+        except (CommandError, ModelNotFoundError, StorageFullError) as exc:
             return refuse(job_id, Source.MQTT, exc, hash_text(text), text)
+
+    def _check_room(self, batch: _Batch) -> None:
+        if batch.room - len(batch.jobs) <= 0:
+            limit = self._settings.limits.open_jobs
+            msg = f"{limit} jobs are open; wait until some have ended"
+            raise QueueFullError(msg)
+        if batch.is_storage_low:
+            msg = "the disk of the box is nearly full: no new work is taken"
+            raise StorageFullError(msg)
 
     def build_job(
         self,
@@ -185,18 +265,23 @@ class Intake:
 
         Raises:
             ModelNotFoundError: the repository has no active version of the model.
+            QuarantinedError: the version is not served for its crashes.
         """
         if not self._is_model_known(body.model):
             msg = f"no model {body.model!r} is active here: add it with `edgeward models add`"
             raise ModelNotFoundError(msg)
+        self._verify_served(body.model, body.version)
         limits = self._settings.limits
         now_ms = self._clock.wall_ms()
         left_ms = self._time_left_ms(envelope, body, expiry_s, now_ms)
         late = left_ms is not None and left_ms <= 0
         reason = Reason("deadline_passed", "the job arrived after its deadline") if late else None
-        # What the broker still counts down is not old, whatever our own clock says.
-        if expiry_s is None and self._is_forgotten(job_id, now_ms):
+        # What the broker still counts down is not old, nor what this box has just made.
+        is_remote = source is Source.MQTT and expiry_s is None
+        if is_remote and self._retention.is_forgotten(job_id):
             late, reason = True, Reason("too_old", "the job is older than ends are remembered")
+        not_before_ms = parse_at(envelope.not_before) if envelope.not_before else None
+        boot_ms = self._clock.boot_ms()
         return NewJob(
             job_id,
             source,
@@ -209,12 +294,16 @@ class Intake:
             priority=body.priority,
             state=JobState.EXPIRED if late else JobState.QUEUED,
             reason=reason,
-            not_before_ms=parse_at(envelope.not_before) if envelope.not_before else None,
+            not_before_ms=not_before_ms,
+            ready_boot_ms=_place(not_before_ms, now_ms, boot_ms),
             expires_ms=None if left_ms is None else int(now_ms + left_ms),
-            expires_boot_ms=None if left_ms is None else int(self._clock.boot_ms() + left_ms),
+            expires_boot_ms=None if left_ms is None else int(boot_ms + left_ms),
             max_attempts=body.max_attempts or limits.max_attempts,
             on_interrupt=body.on_interrupt,
             run_timeout_s=body.run_timeout_s or limits.run_timeout_s,
+            dedupe_key=body.dedupe_key,
+            dedupe=body.dedupe,
+            options=pack_options(body),
         )
 
     def _is_model_known(self, model: str) -> bool:
@@ -244,16 +333,9 @@ class Intake:
             given.append(body.queue_ttl_s * 1000)
         return min(given, default=None)
 
-    def _is_forgotten(self, job_id: str, now_ms: int) -> bool:
-        """Say whether the job's id is older than ended jobs are remembered."""
-        if now_ms > self._oldest_until_ms:
-            oldest_ms = max(0, now_ms - self._settings.store.keep_ends_days * _DAY_MS)
-            self._oldest_id = str(ULID.from_timestamp(oldest_ms / 1000))[:10]
-            self._oldest_until_ms = now_ms + _LOOK_AGAIN_MS
-        # ULIDs sort by the time of their making, which is in the first ten characters.
-        return job_id[:10] < self._oldest_id
-
     def _refuse(self, tx: Connection, message: Received, exc: CommandError) -> None:
+        if not self._budget.take(exc.code):
+            return
         body: dict[str, object] = {
             "code": exc.code,
             "topic": message.topic[:256],
@@ -261,11 +343,46 @@ class Intake:
         }
         self._ledger.add_event(tx, "bad_command", body)
 
+    def _settle_budget(self, tx: Connection) -> None:
+        """Report what was only counted, once a minute."""
+        self._budget.count("flood", self.unread())
+        over = self._budget.settle()
+        if over:
+            body: dict[str, object] = {
+                "code": "too_many",
+                "count": sum(over.values()),
+                "by_code": over,
+                "message": "more bad commands than are reported one by one",
+            }
+            self._ledger.add_event(tx, "bad_command", body)
+
 
 def _check_job_id(job_id: str) -> None:
     if not JOB_ID_PATTERN.fullmatch(job_id):
         msg = f"{job_id[:64]!r} is no job id: a ULID (26 characters, base 32) is"
         raise MalformedError(msg)
+
+
+def _find_job_id(document: dict[str, object]) -> str:
+    """Return the id in a job that came inside a sync.
+
+    Raises:
+        InvalidBodyError: it names none.
+    """
+    body = document.get("body")
+    job_id = body.get("job_id") if isinstance(body, dict) else None
+    if not isinstance(job_id, str):
+        msg = "body: missing: each job is a whole envelope with body.job_id"
+        raise InvalidBodyError(msg)
+    _check_job_id(job_id)
+    return job_id
+
+
+def _place(not_before_ms: int | None, now_ms: int, boot_ms: int) -> int | None:
+    """Return where a wall time stands on the boot clock, None where it is past."""
+    if not_before_ms is None or not_before_ms <= now_ms:
+        return None
+    return boot_ms + not_before_ms - now_ms
 
 
 def refuse(job_id: str, source: Source, exc: AgentError, body_hash: str, body: str = "") -> NewJob:

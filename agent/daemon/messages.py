@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agent.jobs import Source
-from agent.store.ledger import NewJob, Outcome
+from agent.store.ledger import CrashReport, NewJob, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,37 @@ class TaskOutcomes:
 
 
 @dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far the run of a job is."""
+
+    job_id: str
+    attempt: int
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCrashed:
+    """A worker has found what its predecessor crashed on."""
+
+    report: CrashReport
+    ack: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncDue:
+    """It is time to reconcile with the console."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A person trusts a model version in quarantine again."""
+
+    model: str
+    version: str
+    done: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class TasksStarted:
     """Tasks that a worker has begun to run."""
 
@@ -110,6 +141,10 @@ Message = (
     | TaskOutcomes
     | TasksStarted
     | TasksLost
+    | JobProgress
+    | WorkerCrashed
+    | SyncDue
+    | Released
     | Call
     | Wake
 )

@@ -27,7 +27,6 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from agent.commands import encode
 from agent.config import Settings
 from agent.daemon.messages import Acknowledged, Connected, Disconnected, Message, Received
 from agent.errors import ConfigError
@@ -40,6 +39,8 @@ _SESSION_TAKEN_OVER = 0x8E
 _TAKEOVER_WAIT_S = 60.0
 _TAKEOVER_LIMIT = 3
 _CONNECT_TIMEOUT_S = 10.0
+# More waiting messages than the widest receive maximum that is usual.
+_FLOOD = 1000
 
 
 class PackedProperties:
@@ -104,8 +105,8 @@ class MqttSession(threading.Thread):
         settings: the device's settings.
         topics: its topics.
         post: puts a message into the writer's mailbox; must not block.
-        next_conn: commits and returns the number of the next connection and of
-            this boot, before CONNECT.
+        next_conn: commits and returns the number of the next connection, and the
+            payload of its will, before CONNECT.
         on_takeover: told how many times in a row another client took the session.
     """
 
@@ -114,7 +115,7 @@ class MqttSession(threading.Thread):
         settings: Settings,
         topics: Topics,
         post: Callable[[Message], None],
-        next_conn: Callable[[], tuple[int, int]],
+        next_conn: Callable[[], tuple[int, str]],
         on_takeover: Callable[[int], None],
     ) -> None:
         super().__init__(name="mqtt-session", daemon=True)
@@ -128,7 +129,25 @@ class MqttSession(threading.Thread):
         self._client: Client | None = None
         self._conn = 0
         self._taken_over = False
+        self._unread = 0
+        self._waiting: Callable[[], int] = lambda: 0
         self.state = "offline"
+
+    def watch_mailbox(self, waiting: Callable[[], int]) -> None:
+        """Tell how many messages wait; before `start`.
+
+        The broker keeps to our receive maximum with QoS 1, but nothing bounds QoS 0:
+        while too many wait, those are counted and thrown away.
+        """
+        self._waiting = waiting
+
+    def _is_flooded(self) -> bool:
+        return self._waiting() > _FLOOD
+
+    def take_unread(self) -> int:
+        """Return how many messages were thrown away since the last call."""
+        count, self._unread = self._unread, 0
+        return count
 
     def run(self) -> None:
         """Connect, again and again with full jitter, until stopped."""
@@ -157,8 +176,8 @@ class MqttSession(threading.Thread):
         """Hold one connection until it ends; say how it ended."""
         try:
             # TimeoutError (an OSError): the store cannot be written; then there is nothing to say.
-            conn, boot = self._next_conn()
-            client = self._build_client(conn, boot)
+            conn, will = self._next_conn()
+            client = self._build_client(conn, will)
             self._ended.clear()
             self._taken_over = False
             self._client, self._conn = client, conn
@@ -181,7 +200,7 @@ class MqttSession(threading.Thread):
         self._post(Disconnected(conn, "connection ended"))
         return _Ended(taken_over=self._taken_over, was_up=was_up)
 
-    def _build_client(self, conn: int, boot: int) -> Client:
+    def _build_client(self, conn: int, payload: str) -> Client:
         limits = self._settings.mqtt
         client = Client(
             CallbackAPIVersion.VERSION2,
@@ -199,7 +218,6 @@ class MqttSession(threading.Thread):
             client.tls_set_context(_build_tls(self._settings))
         will = Properties(PacketTypes.WILLMESSAGE)
         will.WillDelayInterval = limits.will_delay_s
-        payload = encode({"state": "offline", "boot": boot, "conn": conn})
         client.will_set(self._topics.status, payload, qos=1, retain=True, properties=will)
         client.on_socket_open = set_no_delay
         client.on_connect = self._on_connect
@@ -248,6 +266,9 @@ class MqttSession(threading.Thread):
 
     def _on_message(self, _client: Client, conn: int, message: MQTTMessage) -> None:
         properties: Any = message.properties
+        if not message.qos and self._is_flooded():
+            self._unread += 1
+            return
         try:
             topic = message.topic
         except UnicodeDecodeError:

@@ -19,10 +19,11 @@ from kombu.exceptions import KombuError
 from kombu.message import Message as QueueMessage
 
 from agent.daemon.dispatch import Dispatcher
-from agent.daemon.messages import Message, TaskOutcomes
+from agent.daemon.messages import JobProgress, Message, TaskOutcomes, WorkerCrashed
+from agent.faults import reach
 from agent.jobs import JobState, Reason
-from agent.store.ledger import Outcome
-from agent.tasks import OUTCOME, outcome_queue, transport_options
+from agent.store.ledger import CrashReport, Outcome
+from agent.tasks import CRASH, OUTCOME, PROGRESS, outcome_queue, transport_options
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +91,31 @@ class OutcomeConsumer(threading.Thread):
     def _send_acks(self) -> None:
         while self._acks:
             self._acks.popleft().ack()
+            reach("outcome.acked")
 
     def _on_message(self, body: Any, message: QueueMessage) -> None:
         try:
-            self._post(self._read_outcome(body, message))
+            self._post(self._read(body, message))
         except (KeyError, TypeError, ValueError) as exc:
             log.error("outcome message dropped: %r", exc)  # noqa: TRY400
             message.ack()
 
+    def _read(self, body: dict[str, Any], message: QueueMessage) -> Message:
+        match body["kind"]:
+            case kind if kind == OUTCOME:
+                reach("outcome.received")
+                return self._read_outcome(body, message)
+            case kind if kind == PROGRESS:
+                # Worth nothing after a crash: the next one replaces it.
+                self._acks.append(message)
+                return _read_progress(body["job"])
+            case kind if kind == CRASH:
+                return WorkerCrashed(_read_crash(body), lambda: self._acks.append(message))
+            case kind:
+                msg = f"kind {kind!r}"
+                raise ValueError(msg)
+
     def _read_outcome(self, body: dict[str, Any], message: QueueMessage) -> TaskOutcomes:
-        if body["kind"] != OUTCOME:
-            msg = f"kind {body['kind']!r}"
-            raise ValueError(msg)
         jobs = tuple(_read_job(item) for item in body["jobs"])
         if jobs:
             spent_ms = max(item.ended_ms for item in jobs) - min(item.started_ms for item in jobs)
@@ -124,4 +138,20 @@ def _read_job(item: dict[str, Any]) -> Outcome:
         started_ms=item["started_ms"],
         ended_ms=item["ended_ms"],
         result=item.get("result"),
+        retryable=bool(item["reason"].get("retryable", False)),
+    )
+
+
+def _read_progress(item: dict[str, Any]) -> JobProgress:
+    names = ("done", "total", "unit", "eta_s")
+    return JobProgress(item["id"], item["attempt"], {name: item.get(name) for name in names})
+
+
+def _read_crash(body: dict[str, Any]) -> CrashReport:
+    return CrashReport(
+        task_id=body["task"],
+        model=body["model"],
+        version=body["version"],
+        signal=body["signal"],
+        jobs=tuple((item["id"], int(item["attempt"])) for item in body["jobs"]),
     )

@@ -32,6 +32,7 @@ class Presence:
         info: builds the birth certificate's body.
         reported: builds the reported state's body.
         health: builds the heartbeat's body.
+        ask_sync: lets the writer publish a sync request.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Presence:
         info: Snapshot,
         reported: Snapshot,
         health: Snapshot,
+        ask_sync: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._topics = topics
@@ -52,7 +54,10 @@ class Presence:
         self._info = info
         self._reported = reported
         self._health = health
+        self._ask_sync = ask_sync
         self.boot = 0
+        self.ledger = ""
+        """The ledger's identity; consoles tell by it that another one has begun."""
 
     def connected(self, event: Connected, sync: Mapping[str, Any]) -> None:
         """Say what a new connection begins with: info, status, reported, sync."""
@@ -60,15 +65,20 @@ class Presence:
         self.publish_info()
         self._session.publish(self._topics.status, self.status("online", event.conn), retain=True)
         self.publish_reported()
-        self._publish(self._topics.sync, "sync", sync)
+        self.publish_sync(sync)
+
+    def publish_sync(self, body: Mapping[str, Any]) -> None:
+        """Ask the console to compare what it knows with what is here."""
+        self._publish(self._topics.sync, "sync", {"ledger": self.ledger, **body})
 
     def status(self, state: str, conn: int) -> str:
         """Return the payload of the status topic."""
-        return encode({"state": state, "boot": self.boot, "conn": conn})
+        return encode({"state": state, "boot": self.boot, "conn": conn, "ledger": self.ledger})
 
     def publish_info(self) -> None:
         """Publish the birth certificate, retained."""
-        self._publish(self._topics.info, "info", self._info(), retain=True)
+        body = {"ledger": self.ledger, **self._info()}
+        self._publish(self._topics.info, "info", body, retain=True)
 
     def publish_reported(self) -> None:
         """Publish the reported state of models, retained."""
@@ -112,6 +122,7 @@ class Presence:
         self._session.publish(
             self._topics.status, self.status("online", self._session.conn), retain=True
         )
+        self._ask_sync()
         return {"reborn": True}
 
     def _reply(

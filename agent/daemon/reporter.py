@@ -1,9 +1,15 @@
 """Reporter: the outbox to MQTT, in order, a bounded window at a time.
 
 Works inside the writer: `select` numbers the next records in the transaction,
-`publish` sends them after the commit, `acknowledge` removes what the broker
-has taken. After a reconnect everything numbered and unacknowledged is sent
-again, in its order, before anything new. Never publishes while offline.
+`publish` sends them after the commit, `acknowledge` takes note of what the
+broker has. Never publishes while offline.
+
+Whose acknowledgement removes a record is the setting `outbox.ack`. The broker's
+PUBACK only frees the window where a console acknowledges: then a record stays
+until the console's cumulative number passes it, and is sent again when the
+console's answer to a sync shows that it is missing there.
+
+After a reconnect what was on its way is sent again first, in its order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,15 +20,19 @@ from sqlalchemy import Connection
 from agent.clock import Clock, format_ms
 from agent.commands import IdSeries
 from agent.config import Settings
+from agent.daemon.intake import ConsoleNews
 from agent.daemon.messages import Acknowledged, Connected
 from agent.daemon.mqtt import MqttSession, pack_properties
+from agent.faults import reach
 from agent.store import outbox
+from agent.store.facts import CONSOLE_ACKS, read_fact, save_fact
 from agent.store.outbox import Record
 
 # A fast job's first state waits this long for its end, which then replaces it.
 EARLY_HOLD_MS = 20
 _BUSY_WAITING = 64
 _HISTORIC_AFTER_MS = 60_000
+_ACKED = "acked"
 
 
 @dataclass
@@ -34,11 +44,20 @@ class OutboxCounts:
     late: int = 0
 
 
+@dataclass(frozen=True)
+class Selected:
+    """Records to publish after the commit, and the highest number given by then."""
+
+    records: Sequence[Record] = ()
+    last_seq: int | None = None
+    """None: nothing was looked at."""
+
+
 class Reporter:
     """Publishes outbox records.
 
     Args:
-        settings: window and coalescing.
+        settings: window, coalescing and whose acknowledgement counts.
         session: the MQTT session.
         clock: wall time.
     """
@@ -48,82 +67,151 @@ class Reporter:
         self._ids = IdSeries()
         self._clock = clock
         self._limit = settings.mqtt.inflight
+        self._mode = settings.outbox.ack
         self._coalesce_ms = int(settings.outbox.coalesce_s * 1000)
         self._conn: int | None = None
         self._window = self._limit
         self._in_flight: dict[int, int] = {}
-        self._next_seq = 1
+        self._oldest_in_flight: int | None = None
+        """The lowest number that was on its way when the last connection ended."""
+        self._last_seq = 0
         self._resend_after = 0
         self._resend_upto = 0
         self._boot = 0
+        self._acked = 0
+        self._console_acks = self._mode == "console"
         self.counts = OutboxCounts()
         self.has_more = False
 
     def start(self, tx: Connection, boot: int) -> None:
-        """Take over the numbering where the last run left it."""
+        """Take over where the last run left off."""
         self._boot = boot
-        self._next_seq = outbox.read_counter(tx, "seq") + 1
+        self._last_seq = outbox.read_counter(tx, "seq")
+        self._acked = outbox.read_counter(tx, _ACKED)
+        if self._mode == "auto":
+            self._console_acks = read_fact(tx, CONSOLE_ACKS) is not None
+        # What was on its way when the last run ended is not known: at most a window of it.
+        self._oldest_in_flight = max(1, self._last_seq - self._limit) if self._console_acks else 1
+
+    @property
+    def acknowledged_by(self) -> str:
+        """Return whose acknowledgement removes records: `console` or `broker`."""
+        return "console" if self._console_acks else "broker"
 
     def connected(self, event: Connected) -> None:
-        """Begin a new connection: everything unacknowledged is sent again first."""
+        """Begin a new connection: what was on its way is sent again first."""
+        self._note_in_flight()
         self._conn = event.conn
         self._window = min(self._limit, event.receive_maximum)
         self._in_flight.clear()
-        self._resend_after, self._resend_upto = 0, self._next_seq - 1
+        if self._oldest_in_flight is not None:
+            self._resend_after = self._oldest_in_flight - 1
+            self._resend_upto = self._last_seq
+        else:
+            self._resend_after = self._resend_upto = 0
 
     def disconnected(self, conn: int) -> None:
         """End a connection."""
         if conn == self._conn:
+            self._note_in_flight()
             self._conn = None
-            self._in_flight.clear()
+
+    def _note_in_flight(self) -> None:
+        if self._conn is None:
+            return
+        waiting = [*self._in_flight.values()]
+        if self._resend_after < self._resend_upto:
+            waiting.append(self._resend_after + 1)
+        self._oldest_in_flight = min(waiting, default=None)
+        self._in_flight.clear()
 
     @property
     def in_flight(self) -> int:
-        """How many records are published and not acknowledged."""
+        """How many records are published and not acknowledged by the broker."""
         return len(self._in_flight)
 
     def acknowledge(self, tx: Connection, acks: Iterable[Acknowledged]) -> int:
-        """Remove records that the broker has taken; return how many. Then `settle`."""
+        """Remove records that the broker has, where that counts; return how many it has taken.
+
+        Then `settle`.
+        """
         seqs = [
             self._in_flight[ack.mid]
             for ack in acks
             if ack.conn == self._conn and ack.mid in self._in_flight
         ]
-        outbox.delete_acknowledged(tx, seqs)
+        if seqs and not self._console_acks:
+            outbox.delete_acknowledged(tx, seqs)
+            reach("outbox.acknowledged")
         return len(seqs)
 
-    def settle(self, acks: Iterable[Acknowledged], selected: Sequence[Record]) -> None:
+    def hear(self, tx: Connection, news: ConsoleNews) -> None:
+        """Act on what a console acknowledges or misses.
+
+        A number that was never given is not believed: it is another ledger's.
+        """
+        acked = news.acked_seq
+        if acked is None or self._mode == "broker" or acked > self._last_seq:
+            return
+        if not self._console_acks:
+            self._console_acks = True
+            save_fact(tx, CONSOLE_ACKS, "1")
+        if acked > self._acked:
+            outbox.delete_upto(tx, acked)
+            outbox.save_counter(tx, _ACKED, acked)
+            self._acked = acked
+            reach("outbox.forgotten")
+        if news.replay_after is not None and self._conn is not None:
+            self._replay(news.replay_after)
+
+    def _replay(self, after: int) -> None:
+        """Send again what the console does not have; what is being sent again goes on."""
+        if self._resend_after < self._resend_upto:
+            self._resend_after = min(self._resend_after, after)
+        else:
+            self._resend_after = after
+        self._resend_upto = self._last_seq
+        self.has_more = True
+        reach("sync.answered")
+
+    def settle(self, acks: Iterable[Acknowledged], selected: Selected) -> None:
         """Take note of a commit: these are acknowledged, those are numbered."""
-        self._advance(selected)
         for ack in acks:
             if ack.conn == self._conn:
                 self._in_flight.pop(ack.mid, None)
+        if selected.last_seq is None:
+            return
+        records = selected.records
+        if records and records[-1].seq is not None and records[-1].seq <= self._last_seq:
+            self._resend_after = records[-1].seq
+            self.counts.republished += len(records)
+            self.has_more = True
+        self._last_seq = selected.last_seq
 
-    def select(self, tx: Connection, waiting_jobs: int, freed: int) -> list[Record]:
+    def select(self, tx: Connection, waiting_jobs: int, freed: int) -> Selected:
         """Return the next records to publish, numbered in this transaction.
-
-        Changes nothing in memory, so a transaction that is rolled back leaves no
-        gap: `publish` follows the commit.
 
         Args:
             tx: the writer's transaction.
             waiting_jobs: open jobs; under load, states before the end wait longer.
-            freed: records acknowledged in this transaction.
+            freed: records that the broker has taken in this transaction.
         """
         room = self._window - len(self._in_flight) + freed
         self.has_more = False
         if self._conn is None or room <= 0:
-            return []
+            return Selected(last_seq=outbox.read_counter(tx, "seq"))
         if self._resend_after < self._resend_upto:
             records = outbox.find_sent(tx, self._resend_after, self._resend_upto, room)
             if records:
-                return records
+                return Selected(records, outbox.read_counter(tx, "seq"))
+            self._resend_after = self._resend_upto
         busy = waiting_jobs > _BUSY_WAITING
         hold_ms = self._coalesce_ms if busy else EARLY_HOLD_MS
         before_ms = self._clock.wall_ms() - hold_ms
-        records = outbox.take_unsent(tx, room, before_ms, self._next_seq)
+        records = outbox.take_unsent(tx, room, before_ms)
         self.has_more = outbox.has_unsent(tx)
-        return records
+        last_seq = records[-1].seq if records else outbox.read_counter(tx, "seq")
+        return Selected(records, last_seq)
 
     def publish(self, records: Iterable[Record]) -> None:
         """Send committed records; each is remembered by its message id until acknowledged."""
@@ -143,22 +231,19 @@ class Reporter:
             )
             if mid is None or record.seq is None:
                 # Offline: it is numbered and committed, the next connection sends it.
+                self._note_unsent(record.seq)
                 return
             self._in_flight[mid] = record.seq
             self.counts.published += 1
             self.counts.late += late
+            reach("outbox.published")
 
-    def _advance(self, records: Sequence[Record]) -> None:
-        """Take note of the numbers that are committed."""
-        if not records or records[-1].seq is None:
+    def _note_unsent(self, seq: int | None) -> None:
+        """Let the next connection begin with the first record that could not be sent."""
+        if seq is None:
             return
-        last = records[-1].seq
-        if last < self._next_seq:
-            self._resend_after = last
-            self.counts.republished += len(records)
-            self.has_more = True
-        else:
-            self._next_seq = last + 1
+        if self._resend_after >= self._resend_upto or seq <= self._resend_after:
+            self._resend_after, self._resend_upto = seq - 1, max(seq, self._last_seq)
 
     def _envelope(self, record: Record, message_id: str, *, late: bool) -> str:
         # Nothing but the body can hold a character that JSON escapes, and that is JSON already.

@@ -21,26 +21,38 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agent.clock import Clock, SystemClock, format_ms
+from agent.commands import encode
 from agent.config import Settings
 from agent.daemon.dispatch import Dispatcher
+from agent.daemon.guard import Guard
 from agent.daemon.inbox import Inbox
 from agent.daemon.intake import Intake
 from agent.daemon.memory import limit_arenas, release_memory
-from agent.daemon.messages import Call, Message, Wake
+from agent.daemon.messages import Call, Message, SyncDue, Wake
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.outcomes import OutcomeConsumer
 from agent.daemon.presence import PROTOCOL_VERSIONS, Presence
 from agent.daemon.reporter import Reporter
+from agent.daemon.storage import Storage
 from agent.daemon.writer import Writer
+from agent.errors import StoreDamagedError
+from agent.faults import reach
 from agent.fileio import write_atomic
 from agent.platformfile import detect_and_save, find_platform
 from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
+from agent.store import outbox
+from agent.store.bounds import OutboxBounds
 from agent.store.database import migrate, open_engine, transaction
-from agent.store.ledger import Ledger
+from agent.store.facts import ensure_identity
+from agent.store.ledger import Ledger, LedgerPolicy
 from agent.store.outbox import read_counter, save_counter
+from agent.store.quarantine import read_quarantine
+from agent.store.records import build_telemetry
+from agent.store.retention import Retention
 from agent.topics import Topics
-from platforms.resources import read_resources
+from agent.window import BoxView
+from platforms.resources import read_is_on_mains, read_resources
 from platforms.spec import PlatformSpec
 
 log = logging.getLogger(__name__)
@@ -75,15 +87,30 @@ class Agent:
         self._models_stamp: tuple[Any, ...] = ()
         self._engine = open_engine(settings.ledger_file, settings.store.synchronous)
         self._repository = ModelRepository(settings.models_dir)
-        ledger = Ledger(self._topics, self._clock)
+        self._guard = Guard(self._repository)
+        limits = settings.store
+        self._storage = Storage(settings.data_dir, limits.min_free_bytes, limits.ballast_bytes)
+        self._retention = Retention(self._clock, limits.keep_ends_days, limits.keep_bodies_days)
+        policy = LedgerPolicy(
+            settings.queue.aging_s, settings.queue.retry_delay_s, settings.queue.retry_delay_max_s
+        )
+        ledger = Ledger(self._topics, self._clock, policy)
         self._ledger = ledger
-        self._writer = Writer(self._engine, ledger, self._mailbox, self._on_ended)
+        self._damage: StoreDamagedError | None = None
+        self._writer = self._build_writer()
         post = self._mailbox.put
         self._session = MqttSession(
             settings, self._topics, post, self._next_conn, self._report_takeover
         )
         self._dispatcher = Dispatcher(
-            settings.device_id, settings.queue_url, settings.queue, ledger, self._clock, post
+            settings.device_id,
+            settings.queue_url,
+            settings.queue,
+            ledger,
+            self._clock,
+            post,
+            self._guard.verify,
+            self._view_box,
         )
         self._outcomes = OutcomeConsumer(
             settings.device_id, settings.queue_url, self._dispatcher, post
@@ -97,24 +124,48 @@ class Agent:
             info=self._describe,
             reported=self._describe_models,
             health=self._measure,
+            ask_sync=lambda: post(SyncDue()),
         )
         self._intake = Intake(
             settings,
             self._topics,
             ledger,
+            self._retention,
             self._clock,
             self._repository.has_active,
+            self._guard.verify,
             self._presence.answer,
         )
+        self._intake.unread = self._session.take_unread
+        self._session.watch_mailbox(self._mailbox.qsize)
         self._inbox = Inbox(settings, self._clock, self._intake.build_job, self._read_jobs, post)
         self._writer.attach(
             self._session, self._intake, self._dispatcher, self._reporter, self._presence
         )
 
+    def _build_writer(self) -> Writer:
+        limits = self._settings.outbox
+        return Writer(
+            self._engine,
+            self._ledger,
+            self._mailbox,
+            self._topics,
+            OutboxBounds(limits.result_bytes, limits.result_days, limits.events, limits.telemetry),
+            self._storage,
+            self._on_ended,
+            self._guard.update,
+            self._on_damage,
+        )
+
     # --- start and stop --------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run until SIGTERM or SIGINT; then stop cleanly."""
+        """Run until SIGTERM or SIGINT; then stop cleanly.
+
+        Raises:
+            StoreDamagedError: the ledger was found damaged while running; the next start
+                recovers it.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self.start()
@@ -122,12 +173,16 @@ class Agent:
             self._watch()
         finally:
             self.stop()
+        if self._damage is not None:
+            raise self._damage
 
     def start(self) -> None:
         """Recover and start every thread; `_watch` says when each loop has turned once."""
         migrate(self._engine)
+        reach("recovery.migrated")
         with transaction(self._engine) as tx:
             self._recover(tx)
+        reach("recovery.counted")
         self._spec = find_platform(self._settings.data_dir)
         self._writer.start()
         if self._settings.mqtt.enabled:
@@ -137,6 +192,7 @@ class Agent:
         if self._settings.inbox.enabled:
             self._inbox.start()
         threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
+        reach("recovery.started")
         log.info("agent %s started, boot %d", self._settings.device_id, self._boot)
 
     def _recover(self, tx: Connection) -> None:
@@ -144,6 +200,11 @@ class Agent:
         self._boot = read_counter(tx, "boot") + 1
         save_counter(tx, "boot", self._boot)
         self._presence.boot = self._boot
+        self._presence.ledger = ensure_identity(tx)
+        self._intake.begin(self._presence.ledger)
+        self._ledger.schedule.begin(tx)
+        self._retention.begin(tx)
+        self._guard.update(read_quarantine(tx))
         self._reporter.start(tx, self._boot)
         tasks = self._ledger.find_tasks(tx)
         self._dispatcher.adopt((task_id, lane) for task_id, (lane, _, _) in tasks.items())
@@ -174,7 +235,7 @@ class Agent:
             self._mailbox.put(Wake())
             time.sleep(0.02)
 
-    def _next_conn(self) -> tuple[int, int]:
+    def _next_conn(self) -> tuple[int, str]:
         """Commit the number of the next connection; runs on the session's thread."""
 
         def count(tx: Connection) -> int:
@@ -182,7 +243,20 @@ class Agent:
             save_counter(tx, "conn", number)
             return number
 
-        return int(self._writer.call(count)), self._boot
+        number = int(self._writer.call(count))
+        return number, self._presence.status("offline", number)
+
+    def _on_damage(self, error: StoreDamagedError) -> None:
+        """End the agent: its next start moves the damaged file aside and saves what can be."""
+        log.critical("%s: stopping, the next start recovers it", error)
+        self._damage = error
+        self._stop.set()
+
+    def _view_box(self) -> BoxView:
+        """Look at the box for the predicates of maintenance windows."""
+        resources = read_resources(self._settings.data_dir)
+        is_idle = self._dispatcher.count_under_way() == 0
+        return BoxView(is_idle, resources.temperature_c, read_is_on_mains())
 
     def _report_takeover(self, times: int) -> None:
         body: dict[str, object] = {
@@ -214,6 +288,7 @@ class Agent:
         loops = self._loops()
         seen = {name: (0, time.monotonic()) for name in loops}
         next_beat = next_keeping = next_status = 0.0
+        next_sync = time.monotonic() + self._settings.mqtt.sync_s
         watchdog_s = watchdog_period_s()
         is_ready = was_busy = False
         while not self._stop.wait(_TICK_S if is_ready else 0.02):
@@ -229,7 +304,10 @@ class Agent:
                 notify("WATCHDOG=1")
             if is_ready and now >= next_beat:
                 next_beat = now + self._settings.heartbeat_s
-                self._presence.publish_heartbeat()
+                self._beat()
+            if now >= next_sync:
+                next_sync = now + self._settings.mqtt.sync_s
+                self._mailbox.put(SyncDue())
             if is_ready:
                 was_busy = self._release_after(was_busy)
             if is_ready and now >= next_status:
@@ -239,7 +317,16 @@ class Agent:
             if now >= next_keeping:
                 next_keeping = now + _HOUSEKEEPING_S
                 self._forget_old()
+                self._storage.maintain()
                 release_memory()
+
+    def _beat(self) -> None:
+        """Publish a heartbeat, or keep it for later while there is no connection."""
+        if not self._settings.mqtt.enabled or self._session.state == "online":
+            self._presence.publish_heartbeat()
+            return
+        row = build_telemetry(self._topics, encode(self._measure()), self._clock.wall_ms())
+        self._mailbox.put(Call(lambda tx: outbox.add_records(tx, [row])))
 
     def _release_after(self, was_busy: bool) -> bool:
         """Give memory back when a burst is over; say whether one is going on."""
@@ -260,12 +347,18 @@ class Agent:
 
     def _forget_old(self) -> None:
         before_ms = self._clock.wall_ms() - self._settings.store.keep_ends_days * _DAY_MS
-        # Not waited for: with a full disk the writer is busy with more urgent things.
-        self._mailbox.put(Call(lambda tx: self._ledger.delete_old(tx, before_ms, _DELETE_AT_ONCE)))
+        # Not waited for: with a full disk the writer is busy with more urgent things. The horizon
+        # is committed before anything beyond it is forgotten.
+        self._mailbox.put(Call(self._retention.advance))
+        self._mailbox.put(Call(self._forget))
         if self._settings.results_dir.is_dir():
             for path in self._settings.results_dir.glob("*.json"):
                 if path.stat().st_mtime * 1000 < before_ms:
                     path.unlink(missing_ok=True)
+
+    def _forget(self, tx: Connection) -> None:
+        self._retention.forget(tx, _DELETE_AT_ONCE)
+        self._retention.strip(tx, _DELETE_AT_ONCE)
 
     def _write_status(self) -> None:
         path = self._settings.runtime_dir / STATUS_FILE
@@ -334,8 +427,11 @@ class Agent:
                 "published": self._reporter.counts.published,
                 "republished": self._reporter.counts.republished,
                 "late": self._reporter.counts.late,
+                "acknowledged_by": self._reporter.acknowledged_by,
             },
             "store": self._writer.why_stuck or "ok",
+            "storage": self._storage.describe(),
+            "quarantine": self._guard.describe(),
             "resources": asdict(resources),
         }
 

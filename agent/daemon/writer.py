@@ -21,28 +21,37 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from agent.daemon.dispatch import Dispatcher, Task
+from agent.daemon.dispatch import Dispatched, Dispatcher
 from agent.daemon.intake import Intake, IntakeResult
 from agent.daemon.messages import (
     Acknowledged,
     Call,
     Connected,
     Disconnected,
+    JobProgress,
     Message,
     Received,
+    Released,
     Spooled,
+    SyncDue,
     TaskOutcomes,
     TasksLost,
     TasksStarted,
+    WorkerCrashed,
 )
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.presence import Presence
-from agent.daemon.reporter import Reporter
-from agent.errors import StoreError
+from agent.daemon.reporter import Reporter, Selected
+from agent.daemon.storage import Storage
+from agent.errors import StorageFullError, StoreDamagedError, StoreError
+from agent.faults import reach
 from agent.jobs import Reason
+from agent.store import bounds, quarantine
+from agent.store.bounds import OutboxBounds
 from agent.store.database import transaction
 from agent.store.ledger import EndedJob, Ledger
-from agent.store.outbox import Record, count_records
+from agent.store.outbox import count_records
+from agent.topics import JobAddress, Topics
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +62,13 @@ _MORE_S = 0.02
 _LAZY_S = 0.1
 _LAZY_MAX = 128
 _RETRY_S = 1.0
+# Counting a long outbox takes its time: at most a twentieth of the thread's.
 _MEASURE_S = 1.0
+_MEASURE_SHARE = 20
+_BOUND_S = 5.0
+# Jobs that wait unacknowledged while the disk is low; half of the usual receive maximum, so that
+# cancels and acknowledgements still come through.
+_HELD_MAX = 128
 
 
 @dataclass
@@ -68,6 +83,12 @@ class _Batch:
     acks: list[Acknowledged] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     connections: list[Connected | Disconnected] = field(default_factory=list)
+    progress: list[JobProgress] = field(default_factory=list)
+    crashes: list[WorkerCrashed] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
+    syncs: list[SyncDue] = field(default_factory=list)
+    held: list[Received | Spooled] = field(default_factory=list)
+    """Jobs that are not taken while the disk is low."""
 
     def sort(self, messages: Sequence[Message]) -> "_Batch":
         """Put each message where its kind belongs."""
@@ -81,6 +102,10 @@ class _Batch:
             Call: self.calls,
             Connected: self.connections,
             Disconnected: self.connections,
+            JobProgress: self.progress,
+            WorkerCrashed: self.crashes,
+            Released: self.released,
+            SyncDue: self.syncs,
         }
         for message in messages:
             target = lists.get(type(message))
@@ -95,8 +120,10 @@ class _Effects:
 
     intake: IntakeResult = field(default_factory=IntakeResult)
     ended: list[EndedJob] = field(default_factory=list)
-    tasks: list[Task] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    dispatched: Dispatched = field(default_factory=Dispatched)
+    selected: Selected = field(default_factory=Selected)
+    blocked: dict[quarantine.ModelVersion, str] | None = None
+    """The quarantine, where it may have changed."""
     answers: list[tuple["Future[Any]", Any]] = field(default_factory=list)
     sync: dict[str, Any] | None = None
 
@@ -108,7 +135,12 @@ class Writer(threading.Thread):
         engine: the store.
         ledger: jobs.
         mailbox: where messages come from.
+        topics: the device's topics.
+        outbox_bounds: how much may wait for the console.
+        storage: the disk and its reserve.
         on_ended: told after the commit which jobs ended.
+        on_quarantine: told after the commit which model versions are not served.
+        on_damage: told that the ledger is damaged; the agent has to start anew.
     """
 
     def __init__(
@@ -116,17 +148,29 @@ class Writer(threading.Thread):
         engine: Engine,
         ledger: Ledger,
         mailbox: "SimpleQueue[Message]",
+        topics: Topics,
+        outbox_bounds: OutboxBounds,
+        storage: Storage,
         on_ended: Callable[[Sequence[EndedJob]], None],
+        on_quarantine: Callable[[dict[quarantine.ModelVersion, str]], None],
+        on_damage: Callable[[StoreDamagedError], None],
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._engine = engine
         self._ledger = ledger
         self._mailbox = mailbox
+        self._topics = topics
+        self._bounds = outbox_bounds
+        self._storage = storage
         self._on_ended = on_ended
+        self._on_quarantine = on_quarantine
+        self._on_damage = on_damage
+        self._held: list[Received | Spooled] = []
         self._stopping = threading.Event()
         self.open_jobs = 0
         self.outbox_depth = 0
-        self._measured = 0.0
+        self._next_measure = 0.0
+        self._next_bound = 0.0
         self._was_quiet = False
         self.turns = 0
         self.why_stuck: str | None = None
@@ -165,18 +209,25 @@ class Writer(threading.Thread):
             self.turns += 1
             # Nothing came, nothing waits for its time, nothing is to be sent: the first such
             # turn still measures, the next ones rest.
-            is_quiet = not (messages or self.open_jobs or self._reporter.has_more)
+            is_quiet = not (messages or self.open_jobs or self._reporter.has_more or self._held)
             was_quiet, self._was_quiet = self._was_quiet, is_quiet
             if is_quiet and was_quiet:
                 continue
             try:
                 self._turn(messages)
                 self.why_stuck = None
-            except StoreError as exc:
+            except StoreDamagedError as exc:
                 self.why_stuck = str(exc)
-                log.error("%s; nothing is acknowledged, trying again", exc)  # noqa: TRY400
+                self._on_damage(exc)
+                return
+            except StoreError as exc:
+                if isinstance(exc, StorageFullError) and self._storage.release():
+                    log.warning("%s; its reserve is freed", exc)
+                else:
+                    self.why_stuck = str(exc)
+                    log.error("%s; nothing is acknowledged, trying again", exc)  # noqa: TRY400
+                    self._stopping.wait(_RETRY_S)
                 kept = list(messages)
-                self._stopping.wait(_RETRY_S)
             except Exception:  # the supervisor loop boundary of style.md
                 log.exception("internal_error in a turn of %d messages", len(messages))
                 self._isolate(messages)
@@ -190,7 +241,7 @@ class Writer(threading.Thread):
                 self._mailbox.put(message)
             except Exception as exc:  # same boundary: what did it is named and dropped
                 log.exception("internal_error: dropped %s", type(message).__name__)
-                if isinstance(message, Received):
+                if isinstance(message, Received) and message.mid:
                     self._session.ack(message.conn, message.mid)
                 if isinstance(message, Call):
                     message.future.set_exception(exc)
@@ -215,31 +266,88 @@ class Writer(threading.Thread):
 
     def _turn(self, messages: Sequence[Message]) -> None:
         batch = _Batch().sort(messages)
+        if batch.received:
+            reach("intake.received")
+        is_low = self._hold(batch)
         with transaction(self._engine) as tx:
-            effects = self._write(tx, batch)
+            effects = self._write(tx, batch, is_low=is_low)
+        self._reach_committed(batch, effects)
+        self._held = batch.held
         self._apply(batch, effects)
 
-    def _write(self, tx: Connection, batch: _Batch) -> _Effects:
+    def _hold(self, batch: _Batch) -> bool:
+        """While the disk is low keep jobs unacknowledged; say whether more of them are refused.
+
+        The broker, the folder and the spool keep what is not acknowledged. Where a broker has
+        more jobs than may wait, those are refused with a state, so that other messages get through.
+        """
+        if any(isinstance(event, Connected) for event in batch.connections):
+            # The broker sends them again, under numbers of the new connection.
+            self._held = [item for item in self._held if isinstance(item, Spooled)]
+        is_low = self._storage.is_low()
+        waiting = self._held
+        for item in waiting:
+            (batch.received if isinstance(item, Received) else batch.spooled).append(item)  # type: ignore[arg-type]
+        if not is_low:
+            return False
+        received = [message for message in batch.received if self._is_job(message)]
+        jobs: list[Received | Spooled] = [*received[:_HELD_MAX]]
+        jobs += [item for item in batch.spooled if item.job is not None]
+        chosen = {id(item) for item in jobs}
+        batch.held = jobs
+        batch.received = [item for item in batch.received if id(item) not in chosen]
+        batch.spooled = [item for item in batch.spooled if id(item) not in chosen]
+        return True
+
+    def _is_job(self, message: Received) -> bool:
+        address = self._topics.find_address(message.topic)
+        return bool(message.mid) and isinstance(address, JobAddress) and not address.cancel
+
+    @staticmethod
+    def _reach_committed(batch: _Batch, effects: _Effects) -> None:
+        """Pass the fault points that lie between a commit and what it allows."""
+        if batch.received:
+            reach("intake.committed")
+        if batch.outcomes:
+            reach("outcome.committed")
+        if effects.dispatched.tasks:
+            reach("dispatch.committed")
+        if effects.selected.records:
+            reach("outbox.numbered")
+
+    def _write(self, tx: Connection, batch: _Batch, *, is_low: bool) -> _Effects:
         effects = _Effects()
         for request in batch.calls:
             effects.answers.append((request.future, request.run(tx)))
         self._follow_connections(tx, batch, effects)
         acked = self._reporter.acknowledge(tx, batch.acks)
         self._write_progress(tx, batch, effects)
-        effects.intake = self._intake.handle(tx, batch.received, batch.spooled, self.open_jobs)
+        effects.intake = self._intake.handle(
+            tx, batch.received, batch.spooled, self.open_jobs, is_storage_low=is_low
+        )
+        if batch.received:
+            reach("intake.written")
         effects.ended += effects.intake.ended
-        effects.ended += self._ledger.expire(tx)
-        effects.tasks = self._dispatcher.select(tx)
+        self._reporter.hear(tx, effects.intake.console)
+        effects.ended += self._ledger.schedule.expire(tx)
+        effects.dispatched = self._dispatcher.select(tx)
+        if effects.dispatched.tasks:
+            reach("dispatch.written")
+        effects.ended += effects.dispatched.ended
         self._measure_outbox(tx)
         waiting = self.open_jobs + effects.intake.accepted - len(effects.ended)
-        effects.records = self._reporter.select(tx, waiting, acked)
+        effects.selected = self._reporter.select(tx, waiting, acked)
         return effects
 
     def _measure_outbox(self, tx: Connection) -> None:
         now = time.monotonic()
-        if now - self._measured > _MEASURE_S:
-            self._measured = now
+        if now >= self._next_measure:
             self.outbox_depth = count_records(tx)
+            self._next_measure = _plan_next(now, _MEASURE_S)
+        if now >= self._next_bound:
+            wall_ms = self._ledger.wall_ms()
+            self._ledger.results_full = bounds.enforce(tx, self._topics, self._bounds, wall_ms)
+            self._next_bound = _plan_next(now, _BOUND_S)
 
     def _follow_connections(self, tx: Connection, batch: _Batch, effects: _Effects) -> None:
         for event in batch.connections:
@@ -247,8 +355,9 @@ class Writer(threading.Thread):
                 self._reporter.disconnected(event.conn)
             else:
                 self._reporter.connected(event)
-                effects.sync = self._ledger.describe_open(tx)
-                effects.sync["outbox_depth"] = count_records(tx)
+        if batch.syncs or any(isinstance(item, Connected) for item in batch.connections):
+            effects.sync = self._ledger.describe_open(tx)
+            effects.sync["outbox_depth"] = count_records(tx)
 
     def _write_progress(self, tx: Connection, batch: _Batch, effects: _Effects) -> None:
         started = [task_id for item in batch.started for task_id in item.task_ids]
@@ -257,6 +366,15 @@ class Writer(threading.Thread):
         outcomes = [outcome for task in batch.outcomes for outcome in task.outcomes]
         if outcomes:
             effects.ended += self._ledger.record_outcomes(tx, outcomes)
+            reach("outcome.written")
+        for crashed in batch.crashes:
+            effects.ended += self._ledger.record_crash(tx, crashed.report)
+        for item in batch.released:
+            quarantine.release(tx, item.model, item.version)
+        if batch.crashes or batch.released:
+            effects.blocked = quarantine.read_quarantine(tx)
+        for step in batch.progress:
+            self._ledger.record_progress(tx, step.job_id, step.attempt, step.progress)
         for lost in batch.lost:
             reason = Reason(lost.code, lost.message)
             effects.ended += self._ledger.requeue(tx, lost.task_ids, reason, counts=lost.counts)
@@ -265,9 +383,12 @@ class Writer(threading.Thread):
         """Do what the world may see, now that the turn is on disk."""
         # What memory must know of the commit comes first and cannot fail.
         self.open_jobs += effects.intake.accepted - len(effects.ended)
-        self._reporter.settle(batch.acks, effects.records)
+        self._reporter.settle(batch.acks, effects.selected)
         self._dispatcher.forget(task.task_id for task in batch.outcomes)
-        self._dispatcher.send(effects.tasks)
+        self._dispatcher.forget(item.report.task_id for item in batch.crashes)
+        self._dispatcher.send(effects.dispatched.tasks)
+        if effects.blocked is not None:
+            self._on_quarantine(effects.blocked)
         for future, value in effects.answers:
             future.set_result(value)
         for effect in self._list_effects(batch, effects):
@@ -281,13 +402,20 @@ class Writer(threading.Thread):
         todo: list[Callable[[], None]] = [
             partial(session.ack, message.conn, message.mid) for message in batch.received
         ]
+        if todo:
+            todo.append(partial(reach, "intake.acked"))
         todo += [task.ack for task in batch.outcomes]
+        todo += [item.ack for item in batch.crashes]
+        todo += [item.done for item in batch.released]
+        todo.append(partial(self._dispatcher.stop_runs, effects.ended))
+        if batch.syncs and effects.sync is not None:
+            todo.append(partial(presence.publish_sync, effects.sync))
         todo += [
             partial(presence.connected, event, effects.sync or {})
             for event in batch.connections
             if isinstance(event, Connected)
         ]
-        todo.append(partial(reporter.publish, effects.records))
+        todo.append(partial(reporter.publish, effects.selected.records))
         todo += effects.intake.replies
         todo += [item.done for item in batch.spooled if item.done is not None]
         if effects.ended:
@@ -298,3 +426,9 @@ class Writer(threading.Thread):
         """End the thread after the turn it is in."""
         self._stopping.set()
         self.join(10.0)
+
+
+def _plan_next(began: float, period_s: float) -> float:
+    """Return when to do something again that began then and has just ended."""
+    now = time.monotonic()
+    return now + max(period_s, _MEASURE_SHARE * (now - began))

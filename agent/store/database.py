@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ from agent.errors import StorageFullError, StoreDamagedError, StoreError
 
 log = logging.getLogger(__name__)
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 _BUSY_TIMEOUT_MS = 10_000
 # 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
 _JOURNAL_LIMIT_BYTES = 16 << 20
+
+
+# A flipped bit may leave text that is no UTF-8. Whoever reads it must see that it is damaged, not
+# fail: a turn of the writer that fails is tried again, for ever. (A partial of a type: no Python
+# frame for each value.)
+_READ_TEXT = partial(str, encoding="utf-8", errors="replace")
 
 
 def _pragmas(synchronous: str) -> tuple[str, ...]:
@@ -57,6 +64,7 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
     @event.listens_for(engine, "connect")
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None
+        connection.text_factory = _READ_TEXT
         for pragma in _pragmas(synchronous):
             connection.execute(pragma)
 
@@ -83,6 +91,7 @@ def open_reader(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.text_factory = _READ_TEXT
         connection.execute("PRAGMA query_only=ON")
 
     return engine

@@ -5,51 +5,59 @@ The rules, each kept by one method and tested by name:
 - a job exists once its row is committed, and its first outbox row with it;
 - the same id and body again: the present state is reported again; another
   body: the original stands and an event says so;
+- the same `dedupe_key` as an open job: what the policy says, decided in the
+  transaction that would accept the job;
 - every transition raises `rev` by one and writes its history and outbox rows;
 - the attempt number is written before its task is dispatched, and an outcome
   counts only for the current attempt of a job that has not ended (fencing);
-- an attempt that was lost is tried again until `max_attempts`, then the job
-  ends `failed: attempts_exhausted`.
+- an attempt that was lost, or ended with an error worth another try, is tried
+  again after a back-off until `max_attempts`;
+- a job whose attempts crashed their worker twice ends `failed: poison_job`.
 
 All methods run inside the caller's transaction (`agent.store.database`), and
 only the agent calls those that write. Nothing here touches MQTT or Celery.
+When jobs may start is `agent.store.schedule`'s matter.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Insert,
-    Integer,
-    Table,
-    TableClause,
-    bindparam,
-    func,
-    insert,
-    literal_column,
-    select,
-    update,
-)
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from agent.clock import Clock
 from agent.commands import encode, is_same_body
 from agent.jobs import ENDS, JobState, Lane, Reason, Source, path_to
-from agent.store import outbox
-from agent.store.records import build_event, build_result, build_state
+from agent.retry import RetryClass, compute_delay_ms
+from agent.store import bounds, outbox, quarantine
+from agent.store.options import read_options
+from agent.store.records import (
+    KEPT_RESULT,
+    build_event,
+    build_progress,
+    build_result,
+    build_state,
+)
+from agent.store.schedule import ReadyJob, Schedule
 from agent.store.statements import Bulk, Statement
-from agent.store.tables import Job, Transition
+from agent.store.transitions import (
+    JOBS,
+    Changes,
+    EndedJob,
+    Row,
+    build_history,
+    insert_history,
+    insert_into,
+    moved_ms,
+    read_jobs,
+    read_task_jobs,
+)
 from agent.topics import Topics
 
-_JOBS = Job.__table__  # type: ignore[attr-defined]
-_TRANSITIONS = Transition.__table__  # type: ignore[attr-defined]
 _SYNC_OPEN = 200
-
-Row = dict[str, Any]
+POISON_AFTER = 2
 
 
 class Verdict(StrEnum):
@@ -58,6 +66,8 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
     CONFLICT = "conflict"
+    DROPPED = "dropped"
+    """Refused for an open job of the same `dedupe_key`."""
 
 
 class NewJob(NamedTuple):
@@ -75,26 +85,15 @@ class NewJob(NamedTuple):
     state: JobState = JobState.QUEUED
     reason: Reason | None = None
     not_before_ms: int | None = None
+    ready_boot_ms: int | None = None
     expires_ms: int | None = None
     expires_boot_ms: int | None = None
     max_attempts: int = 5
     on_interrupt: str = "retry"
     run_timeout_s: float = 120.0
-
-
-class ReadyJob(NamedTuple):
-    """A queued job that may be dispatched."""
-
-    seq: int
-    job_id: str
-    attempt: int
-    interruptions: int
-    handler: str
-    model: str
-    version: str | None
-    run_timeout_s: float
-    created_ms: int
-    body: str
+    dedupe_key: str | None = None
+    dedupe: str = "run_all"
+    options: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -107,61 +106,40 @@ class Outcome(NamedTuple):
     started_ms: int
     ended_ms: int
     result: dict[str, Any] | None = None
+    retryable: bool = False
+    """Whether the same job may do better another time."""
+
+
+class CrashReport(NamedTuple):
+    """What a worker found of its predecessor's crash."""
+
+    task_id: str
+    model: str
+    version: str | None
+    signal: str
+    jobs: tuple[tuple[str, int], ...]
+    """Ids and attempts of the jobs that ran in that moment."""
 
 
 @dataclass(frozen=True, slots=True)
-class EndedJob:
-    """A job that ended in this transaction."""
+class Accepted:
+    """What became of a batch of new jobs."""
 
-    job_id: str
-    source: Source
-    state: JobState
-
-
-@dataclass
-class _Changes:
-    """Rows that a batch of transitions writes."""
-
-    jobs: list[Row] = field(default_factory=list)
-    history: list[Row] = field(default_factory=list)
-    reported: dict[str, int] = field(default_factory=dict)
-    """When each job whose state is to be reported last moved."""
-    results: list[Row] = field(default_factory=list)
+    verdicts: list[Verdict]
+    """One a job, in order."""
     ended: list[EndedJob] = field(default_factory=list)
+    """Jobs that gave way to a new one of the same `dedupe_key`."""
 
 
-_STATE_NAMES = (
-    "seq",
-    "job_id",
-    "source",
-    "model",
-    "state",
-    "rev",
-    "attempt",
-    "interruptions",
-    "task_id",
-    "reason_code",
-    "reason",
-    "body_hash",
-    "created_ms",
-    "started_ms",
-    "ended_ms",
-    "max_attempts",
-    "on_interrupt",
-    "result",
-)
-_STATE_COLUMNS = [_JOBS.c[name] for name in _STATE_NAMES]
-_CHANGED = (
-    "state",
-    "rev",
-    "reason_code",
-    "reason",
-    "task_id",
-    "interruptions",
-    "started_ms",
-    "ended_ms",
-    "result",
-)
+@dataclass(frozen=True)
+class LedgerPolicy:
+    """How the ledger decides, where a job does not say."""
+
+    aging_s: float = 60.0
+    retry_delay_s: float = 1.0
+    retry_delay_max_s: float = 300.0
+
+
 _INSERTED = (
     "job_id",
     "source",
@@ -170,6 +148,7 @@ _INSERTED = (
     "model",
     "version",
     "urgency",
+    "due_ms",
     "body",
     "body_hash",
     "state",
@@ -181,123 +160,125 @@ _INSERTED = (
     "created_ms",
     "ended_ms",
     "not_before_ms",
+    "ready_boot_ms",
     "expires_ms",
     "expires_boot_ms",
-    "boot_id",
     "max_attempts",
     "on_interrupt",
     "run_timeout_s",
+    "dedupe_key",
+    "options",
 )
-
-
-def _insert_into(table: Table) -> Callable[[TableClause, Mapping[str, ColumnElement[Any]]], Insert]:
-    return lambda rows, values: insert(table).from_select(
-        list(values), select(*values.values()).select_from(rows)
-    )
-
-
-_INSERT_JOB = Bulk(_INSERTED, _insert_into(_JOBS))
-_INSERT_TRANSITION = Bulk(
-    ("job_id", "rev", "state", "at_ms", "attempt", "reason_code"), _insert_into(_TRANSITIONS)
-)
-_UPDATE = Bulk(
-    ("seq", *_CHANGED),
-    lambda rows, values: (
-        update(_JOBS)
-        .where(_JOBS.c.seq == values["seq"])
-        .values({name: values[name] for name in _CHANGED})
-    ),
-)
-_ASSIGN = Bulk(
-    ("seq", "task_id"),
-    lambda rows, values: (
-        update(_JOBS)
-        .where(_JOBS.c.seq == values["seq"])
-        .values(attempt=_JOBS.c.attempt + literal_column("1"), task_id=values["task_id"])
-    ),
-)
-_READY = Statement(
-    select(*(_JOBS.c[name] for name in ReadyJob._fields))
-    .where(
-        # Written out, not a parameter: SQLite uses a partial index only where it can see why.
-        _JOBS.c.state == literal_column("'queued'"),
-        _JOBS.c.task_id.is_(None),
-        _JOBS.c.lane == bindparam("b_lane"),
-        (_JOBS.c.not_before_ms.is_(None)) | (_JOBS.c.not_before_ms <= bindparam("b_now")),
-    )
-    .order_by(_JOBS.c.urgency, _JOBS.c.seq)
-    .limit(bindparam("b_limit", type_=Integer))
-)
-_is_this_boot = _JOBS.c.boot_id == bindparam("b_boot_id")
-_LATE = Statement(
-    select(*_STATE_COLUMNS).where(
-        _JOBS.c.state == literal_column("'queued'"),
-        _JOBS.c.expires_boot_ms.is_not(None),
-        (_is_this_boot & (_JOBS.c.expires_boot_ms <= bindparam("b_boot_ms")))
-        | (~_is_this_boot & (_JOBS.c.expires_ms <= bindparam("b_wall_ms"))),
-    )
-)
-# A JSON list as one parameter: the statement's text stays the same for any number of values.
-_BY_ID, _BY_TASK = (
-    Statement(
-        select(*_STATE_COLUMNS).where(
-            column.in_(select(func.json_each(bindparam("b_values")).table_valued("value")))
-        )
-    )
-    for column in (_JOBS.c.job_id, _JOBS.c.task_id)
+_INSERT_JOB = Bulk(_INSERTED, insert_into(JOBS))
+_SET_PROGRESS = Statement(
+    update(JOBS).where(JOBS.c.seq == bindparam("b_seq")).values(progress=bindparam("b_progress"))
 )
 
 
 class Ledger:
-    """Reads and changes jobs inside a transaction that the caller owns."""
+    """Reads and changes jobs inside a transaction that the caller owns.
 
-    def __init__(self, topics: Topics, clock: Clock) -> None:
+    Args:
+        topics: where changes are reported.
+        clock: wall and boot time.
+        policy: how it decides.
+    """
+
+    def __init__(self, topics: Topics, clock: Clock, policy: LedgerPolicy | None = None) -> None:
         self._topics = topics
         self._clock = clock
+        self._policy = policy or LedgerPolicy()
+        self.schedule = Schedule(topics, clock, self._policy.aging_s)
+        self.results_full = False
+        """Whether the outbox has no room for results; kept by who measures it."""
 
-    def accept(self, tx: Connection, jobs: Sequence[NewJob]) -> list[Verdict]:
+    def wall_ms(self) -> int:
+        """Return the time as this ledger writes it."""
+        return self._clock.wall_ms()
+
+    # --- acceptance --------------------------------------------------------------------------
+
+    def accept(
+        self, tx: Connection, jobs: Sequence[NewJob], *, with_results: Collection[str] = ()
+    ) -> Accepted:
         """Write new jobs; meet known ones by their id and body.
 
-        Returns one verdict a job, in order. A duplicate inside `jobs` meets
-        the first of its id like any other.
+        A duplicate inside `jobs` meets the first of its id like any other.
+
+        Args:
+            tx: the caller's transaction.
+            jobs: the jobs, in order.
+            with_results: ids whose result is reported again too, where they are known.
         """
         now_ms = self._clock.wall_ms()
-        known = {row["job_id"]: row for row in self._read(tx, [job.job_id for job in jobs])}
-        verdicts: list[Verdict] = []
+        known = {row["job_id"]: row for row in read_jobs(tx, [job.job_id for job in jobs])}
+        accepted = Accepted([])
         rows: list[Row] = []
-        again: dict[str, Row] = {}
+        again: set[str] = set()
         events: list[dict[str, object]] = []
         for job in jobs:
             row = known.get(job.job_id)
             if row is None:
+                if job.dedupe_key is not None and job.state is JobState.QUEUED:
+                    # It may meet a job of this very batch.
+                    self._insert(tx, rows, now_ms)
+                    rows.clear()
+                    job = self._deduplicate(tx, job, known, accepted)
                 known[job.job_id] = row = self._new_row(job, now_ms)
                 rows.append(row)
-                verdicts.append(Verdict.ACCEPTED)
+                dropped = job.reason is not None and job.reason.code == "dedupe_dropped"
+                accepted.verdicts.append(Verdict.DROPPED if dropped else Verdict.ACCEPTED)
             elif self._is_same(tx, row, job):
-                again[job.job_id] = row
-                verdicts.append(Verdict.DUPLICATE)
+                again.add(job.job_id)
+                accepted.verdicts.append(Verdict.DUPLICATE)
             else:
                 events.append(self._conflict(job, row, now_ms))
-                verdicts.append(Verdict.CONFLICT)
+                accepted.verdicts.append(Verdict.CONFLICT)
         self._insert(tx, rows, now_ms)
-        outbox.add_states(
-            tx, [build_state(self._topics, row, _moved_ms(row)) for row in again.values()]
-        )
+        # Last: a job of this batch may have ended one that was met before it.
+        self._report_again(tx, [known[job_id] for job_id in sorted(again)], with_results)
         outbox.add_records(tx, events)
-        return verdicts
+        return accepted
 
     def _is_same(self, tx: Connection, row: Row, job: NewJob) -> bool:
         """Say whether a known id came with its own body; a tombstone takes any."""
         if row["body_hash"] is None or row["body_hash"] == job.body_hash:
             return True
         # The sender may have spelt the same value another way (key order, numbers).
-        query = select(_JOBS.c.body).where(_JOBS.c.job_id == job.job_id)
+        query = select(JOBS.c.body).where(JOBS.c.job_id == job.job_id)
         known = row.get("body") or tx.execute(query).scalar()
         return bool(known and job.body) and is_same_body(str(known), job.body)
+
+    def _deduplicate(
+        self, tx: Connection, job: NewJob, known: dict[str, Row], accepted: Accepted
+    ) -> NewJob:
+        """Apply a job's `dedupe` policy to the open jobs of its key; return what it became.
+
+        Jobs that end by it are brought up to date in `known`.
+        """
+        if job.dedupe == "run_all":
+            return job
+        query = select(JOBS.c.job_id).where(
+            JOBS.c.dedupe_key == job.dedupe_key, JOBS.c.ended_ms.is_(None)
+        )
+        others = read_jobs(tx, list(tx.execute(query).scalars()))
+        if job.dedupe == "drop_new" and others:
+            text = f"job {others[0]['job_id']} with the same dedupe_key has not ended"
+            reason = Reason("dedupe_dropped", text)
+            return job._replace(state=JobState.REJECTED, reason=reason)
+        changes = Changes(self._topics)
+        reason = Reason("replaced", f"job {job.job_id} with the same dedupe_key took its place")
+        for row in others:
+            if row["state"] == JobState.QUEUED:
+                changes.move(row, JobState.CANCELED, reason, self._clock.wall_ms())
+        accepted.ended.extend(changes.write(tx))
+        known.update({row["job_id"]: row for row in others})
+        return job
 
     def _new_row(self, job: NewJob, now_ms: int) -> Row:
         ended = job.state in ENDS
         reason = job.reason
+        urgency = 9 - job.priority
         return {
             "job_id": job.job_id,
             "source": job.source.value,
@@ -305,7 +286,8 @@ class Ledger:
             "lane": job.lane.value,
             "model": job.model,
             "version": job.version,
-            "urgency": 9 - job.priority,
+            "urgency": urgency,
+            "due_ms": self.schedule.compute_due(urgency),
             "body": job.body,
             "body_hash": job.body_hash,
             "state": job.state.value,
@@ -317,20 +299,39 @@ class Ledger:
             "created_ms": now_ms,
             "ended_ms": now_ms if ended else None,
             "not_before_ms": job.not_before_ms,
+            "ready_boot_ms": job.ready_boot_ms,
             "expires_ms": job.expires_ms,
             "expires_boot_ms": job.expires_boot_ms,
-            "boot_id": self._clock.boot_id() if job.expires_boot_ms is not None else None,
             "max_attempts": job.max_attempts,
             "on_interrupt": job.on_interrupt,
             "run_timeout_s": job.run_timeout_s,
+            "dedupe_key": job.dedupe_key,
+            "options": job.options,
         }
 
     def _insert(self, tx: Connection, rows: list[Row], now_ms: int) -> None:
         if not rows:
             return
         _INSERT_JOB.run(tx, rows)
-        _INSERT_TRANSITION.run(tx, [_history(row, row["state"], now_ms) for row in rows])
+        insert_history(tx, [build_history(row, row["state"], now_ms) for row in rows])
         outbox.add_states(tx, [build_state(self._topics, row, now_ms) for row in rows])
+
+    def _report_again(
+        self, tx: Connection, rows: Iterable[Row], with_results: Collection[str]
+    ) -> None:
+        """Report states that somebody asked for, and results to those who lost theirs."""
+        known = list(rows)
+        outbox.add_states(tx, [build_state(self._topics, row, moved_ms(row)) for row in known])
+        results = [
+            build_result(self._topics, row["job_id"], row["result"], moved_ms(row))
+            for row in known
+            if row["job_id"] in with_results and row.get("result")
+        ]
+        outbox.add_records(tx, results)
+
+    def report_again(self, tx: Connection, job_ids: Collection[str]) -> None:
+        """Report the present states of these jobs again; unknown ones are passed over."""
+        self._report_again(tx, read_jobs(tx, job_ids), ())
 
     def _conflict(self, job: NewJob, row: Row, now_ms: int) -> dict[str, object]:
         body = {
@@ -352,7 +353,7 @@ class Ledger:
 
         The answer is always a state: an ended job's is reported again.
         """
-        known = {row["job_id"]: row for row in self._read(tx, job_ids)}
+        known = {row["job_id"]: row for row in read_jobs(tx, job_ids)}
         reason = Reason("canceled", "canceled by request")
         tombstones = [
             NewJob(job_id, source, state=JobState.CANCELED, reason=reason)
@@ -360,84 +361,123 @@ class Ledger:
             if job_id not in known
         ]
         self.accept(tx, tombstones)
-        changes = _Changes()
+        changes = Changes(self._topics)
         now_ms = self._clock.wall_ms()
         for row in known.values():
             if row["state"] in ENDS:
-                changes.jobs.append(row)
-                changes.reported[row["job_id"]] = _moved_ms(row)
+                changes.report(row)
             else:
-                self._move(changes, row, JobState.CANCELED, reason, now_ms)
-        return self._write(tx, changes)
+                changes.move(row, JobState.CANCELED, reason, now_ms)
+        return changes.write(tx)
 
-    def expire(self, tx: Connection) -> list[EndedJob]:
-        """End queued jobs whose time to start by has passed."""
-        wall_ms = self._clock.wall_ms()
-        late = _LATE.fetch(
-            tx,
-            b_boot_id=self._clock.boot_id(),
-            b_boot_ms=self._clock.boot_ms(),
-            b_wall_ms=wall_ms,
-        )
-        changes = _Changes()
-        reason = Reason("deadline_passed", "the job was not started before its deadline")
-        for values in late:
-            row = dict(zip(_STATE_NAMES, values, strict=True))
-            self._move(changes, row, JobState.EXPIRED, reason, wall_ms)
-        return self._write(tx, changes)
-
-    def find_ready(self, tx: Connection, lane: Lane, limit: int) -> list[ReadyJob]:
-        """Return queued jobs that wait for dispatch, most urgent and oldest first."""
-        params = {"b_lane": lane.value, "b_limit": limit, "b_now": self._clock.wall_ms()}
-        return [ReadyJob._make(row) for row in _READY.fetch(tx, **params)]
-
-    def assign(self, tx: Connection, tasks: Iterable[tuple[str, Sequence[ReadyJob]]]) -> None:
-        """Start a new attempt of each job, carried by the task of that id."""
-        rows = [{"seq": job.seq, "task_id": task} for task, jobs in tasks for job in jobs]
-        _ASSIGN.run(tx, rows)
+    # --- attempts ----------------------------------------------------------------------------
 
     def record_started(self, tx: Connection, task_ids: Collection[str]) -> None:
         """Move the queued jobs of these tasks to `running`."""
-        changes = _Changes()
+        changes = Changes(self._topics)
         now_ms = self._clock.wall_ms()
-        for row in self._read_tasks(tx, task_ids):
+        for row in read_task_jobs(tx, task_ids):
             if row["state"] == JobState.QUEUED:
-                self._move(changes, row, JobState.RUNNING, None, now_ms)
-        self._write(tx, changes)
+                changes.move(row, JobState.RUNNING, None, now_ms)
+        changes.write(tx)
+
+    def record_progress(
+        self, tx: Connection, job_id: str, attempt: int, progress: dict[str, Any]
+    ) -> None:
+        """Take note of how far the current attempt of a job is, and report it."""
+        now_ms = self._clock.wall_ms()
+        for row in read_jobs(tx, [job_id]):
+            # Without a task the attempt is over, and the job waits for its next one.
+            if row["state"] in ENDS or row["attempt"] != attempt or row["task_id"] is None:
+                return
+            if row["state"] == JobState.QUEUED:
+                changes = Changes(self._topics)
+                changes.move(row, JobState.RUNNING, None, now_ms)
+                changes.write(tx)
+            body = {"job_id": job_id, "attempt": attempt, **progress}
+            _SET_PROGRESS.run(tx, b_seq=row["seq"], b_progress=encode(progress))
+            outbox.add_progress(tx, [build_progress(self._topics, job_id, body, now_ms)])
 
     def record_outcomes(self, tx: Connection, outcomes: Sequence[Outcome]) -> list[EndedJob]:
-        """End jobs by their outcomes; ignore those of an attempt that is not current."""
-        known = {row["job_id"]: row for row in self._read(tx, [item.job_id for item in outcomes])}
-        changes = _Changes()
+        """End jobs by their outcomes, or try again what may do better.
+
+        Outcomes of an attempt that is not current, or of an ended job, are ignored.
+        """
+        known = {row["job_id"]: row for row in read_jobs(tx, [item.job_id for item in outcomes])}
+        changes = Changes(self._topics)
+        dropped: list[Row] = []
         for outcome in outcomes:
             row = known.get(outcome.job_id)
             if row is None or row["state"] in ENDS or row["attempt"] != outcome.attempt:
                 continue
-            self._record(changes, row, outcome)
-        return self._write(tx, changes)
+            if (
+                outcome.state is JobState.FAILED
+                and outcome.retryable
+                and self._try_again(changes, row, outcome)
+            ):
+                continue
+            self._record(changes, row, outcome, dropped)
+        ended = changes.write(tx)
+        if dropped:
+            bounds.drop_new(tx, self._topics, dropped, self._clock.wall_ms())
+        return ended
 
-    def _record(self, changes: _Changes, row: Row, outcome: Outcome) -> None:
-        row["started_ms"] = row["started_ms"] or outcome.started_ms
+    def _try_again(self, changes: Changes, row: Row, outcome: Outcome) -> bool:
+        """Queue a job again after an error worth it; say whether there is another attempt."""
+        options = read_options(row["options"])
+        if options.on_error == "fail":
+            return False
+        if row["task_id"] is None:
+            # This attempt was counted before: it was given up as lost, or is reported twice.
+            return True
+        used = row["failures"] + row["interruptions"] + 1
+        if used >= row["max_attempts"]:
+            return False
+        row["failures"] += 1
         row["task_id"] = None
-        steps = path_to(JobState(row["state"]), outcome.state)
+        self._back_off(row, RetryClass.ERROR, row["failures"], options.retry_delay_s)
+        if row["state"] == JobState.QUEUED:
+            changes.move(row, JobState.RUNNING, None, outcome.started_ms)
+        changes.move(row, JobState.QUEUED, outcome.reason, outcome.ended_ms)
+        return True
+
+    def _back_off(self, row: Row, kind: RetryClass, count: int, base_s: float | None) -> None:
+        policy = self._policy
+        base = policy.retry_delay_s if base_s is None else base_s
+        delay_ms = compute_delay_ms(kind, count, base, policy.retry_delay_max_s)
+        row["ready_boot_ms"] = self._clock.boot_ms() + delay_ms if delay_ms else None
+
+    def _record(self, changes: Changes, row: Row, outcome: Outcome, dropped: list[Row]) -> None:
+        row["started_ms"] = row["started_ms"] or outcome.started_ms
+        state, reason = outcome.state, outcome.reason
+        on_full = read_options(row["options"]).on_full if self.results_full else "keep_newest"
+        if outcome.result is not None and on_full == "fail":
+            state = JobState.FAILED
+            reason = Reason("outbox_full", "the outbox holds as many results as it may")
+        steps = path_to(JobState(row["state"]), state)
+        row["task_id"] = None
         for step in steps[:-1]:
-            self._move(changes, row, step, None, outcome.started_ms)
-        if outcome.result is not None:
-            timings = {
-                "queue": max(0, outcome.started_ms - row["created_ms"]),
-                **outcome.result.get("timings_ms", {}),
-            }
-            body = {
-                "job_id": row["job_id"],
-                "attempt": row["attempt"],
-                **outcome.result,
-                "timings_ms": timings,
-            }
-            row["result"] = encode(body)
-            changes.results.append(
-                build_result(self._topics, row["job_id"], row["result"], outcome.ended_ms)
-            )
-        self._move(changes, row, outcome.state, outcome.reason, outcome.ended_ms)
+            changes.move(row, step, None, outcome.started_ms)
+        if outcome.result is not None and state is JobState.SUCCEEDED:
+            record = self._build_result(row, outcome)
+            (dropped if on_full == "keep_oldest" else changes.results).append(record)
+        changes.move(row, state, reason, outcome.ended_ms)
+
+    def _build_result(self, row: Row, outcome: Outcome) -> Row:
+        result = outcome.result or {}
+        timings = {
+            "queue": max(0, outcome.started_ms - row["created_ms"]),
+            **result.get("timings_ms", {}),
+        }
+        body = {
+            "job_id": row["job_id"],
+            "attempt": row["attempt"],
+            **result,
+            "timings_ms": timings,
+        }
+        row["result"] = encode(body)
+        keep = read_options(row["options"]).on_full == "keep_oldest"
+        return build_result(self._topics, row["job_id"], row["result"], outcome.ended_ms, keep=keep)
 
     def requeue(
         self, tx: Connection, task_ids: Collection[str], reason: Reason, *, counts: bool
@@ -450,73 +490,86 @@ class Ledger:
             reason: why, for the history.
             counts: whether the attempt may have run, and so counts against `max_attempts`.
         """
-        changes = _Changes()
-        now_ms = self._clock.wall_ms()
-        for row in self._read_tasks(tx, task_ids):
+        changes = Changes(self._topics)
+        for row in read_task_jobs(tx, task_ids):
             row["task_id"] = None
             row["interruptions"] += int(counts)
-            self._requeue(changes, row, reason, now_ms)
-        return self._write(tx, changes)
+            self._requeue(changes, row, reason)
+        return changes.write(tx)
 
-    def _requeue(self, changes: _Changes, row: Row, reason: Reason, now_ms: int) -> None:
-        if row["interruptions"] >= row["max_attempts"]:
-            text = f"{row['interruptions']} attempts ended without an outcome; the last: "
+    def _interrupt(self, changes: Changes, row: Row, reason: Reason) -> None:
+        row["task_id"] = None
+        row["interruptions"] += 1
+        self._requeue(changes, row, reason)
+
+    def _requeue(self, changes: Changes, row: Row, reason: Reason) -> None:
+        now_ms = self._clock.wall_ms()
+        used = row["interruptions"] + row["failures"]
+        if row["interruptions"] and used >= row["max_attempts"]:
+            text = f"{used} attempts ended without an outcome; the last: "
             final = Reason("attempts_exhausted", text + reason.message)
-            self._move(changes, row, JobState.FAILED, final, now_ms)
-        elif row["on_interrupt"] == "fail" and row["interruptions"]:
-            final = Reason("interrupted", reason.message)
-            self._move(changes, row, JobState.FAILED, final, now_ms)
-        elif row["state"] == JobState.RUNNING:
-            self._move(changes, row, JobState.QUEUED, reason, now_ms)
+            changes.move(row, JobState.FAILED, final, now_ms)
+            return
+        if row["on_interrupt"] == "fail" and row["interruptions"]:
+            changes.move(row, JobState.FAILED, Reason("interrupted", reason.message), now_ms)
+            return
+        base_s = read_options(row["options"]).retry_delay_s
+        self._back_off(row, RetryClass.INTERRUPTED, row["interruptions"], base_s)
+        if row["state"] == JobState.RUNNING:
+            changes.move(row, JobState.QUEUED, reason, now_ms)
         else:
             changes.jobs.append(row)
 
-    def _move(
-        self, changes: _Changes, row: Row, state: JobState, reason: Reason | None, at_ms: int
-    ) -> None:
-        path_to(JobState(row["state"]), state)
-        row["state"] = state.value
-        row["rev"] += 1
-        row["reason_code"] = reason and reason.code
-        row["reason"] = reason and reason.message
-        if state is JobState.RUNNING:
-            row["started_ms"] = row["started_ms"] or at_ms
-        if state in ENDS:
-            row["ended_ms"] = at_ms
-            row["task_id"] = None
-            changes.ended.append(EndedJob(row["job_id"], Source(row["source"]), state))
-        changes.history.append(_history(row, state.value, at_ms))
-        changes.reported[row["job_id"]] = at_ms
-        changes.jobs.append(row)
+    def record_crash(self, tx: Connection, crash: CrashReport) -> list[EndedJob]:
+        """Count a crash for the jobs that ran and for their model version.
 
-    def _write(self, tx: Connection, changes: _Changes) -> list[EndedJob]:
-        # A job may have moved twice in one batch: its row and its report are written once.
-        rows = {row["seq"]: row for row in changes.jobs}
-        _UPDATE.run(tx, list(rows.values()))
-        _INSERT_TRANSITION.run(tx, changes.history)
-        outbox.add_states(
-            tx,
-            [
-                build_state(self._topics, row, changes.reported[row["job_id"]])
-                for row in rows.values()
-                if row["job_id"] in changes.reported
-            ],
-        )
-        outbox.add_records(tx, changes.results)
-        return changes.ended
+        The jobs' attempts may be over already, given up as lost: a crash counts
+        once for each attempt all the same. Jobs that the task carried beside them
+        are tried again.
+        """
+        attempts = dict(crash.jobs)
+        changes = Changes(self._topics)
+        now_ms = self._clock.wall_ms()
+        for row in read_jobs(tx, attempts):
+            attempt = attempts[row["job_id"]]
+            if row["state"] in ENDS or attempt <= row["crashed_attempt"]:
+                continue
+            row["crashes"] += 1
+            row["crashed_attempt"] = attempt
+            changes.jobs.append(row)
+            if row["crashes"] >= POISON_AFTER:
+                text = f"its attempts crashed their worker {row['crashes']} times: {crash.signal}"
+                row["task_id"] = None
+                changes.move(row, JobState.FAILED, Reason("poison_job", text), now_ms)
+            elif row["task_id"] == crash.task_id:
+                text = f"its worker crashed: {crash.signal}"
+                self._interrupt(changes, row, Reason("worker_crashed", text))
+        for row in read_task_jobs(tx, [crash.task_id]):
+            if row["job_id"] not in attempts:
+                text = f"its worker crashed on another job: {crash.signal}"
+                self._interrupt(changes, row, Reason("worker_lost", text))
+        if crash.version is not None:
+            self._count_crash(tx, crash, crash.version, now_ms)
+        return changes.write(tx)
 
-    def _read(self, tx: Connection, job_ids: Collection[str]) -> list[Row]:
-        return _read_rows(tx, _BY_ID, job_ids)
+    def _count_crash(self, tx: Connection, crash: CrashReport, version: str, now_ms: int) -> None:
+        if quarantine.record_crash(tx, crash.model, version, crash.signal, now_ms):
+            body: dict[str, object] = {
+                "code": "model_quarantined",
+                "model": crash.model,
+                "version": version,
+                "message": quarantine.read_quarantine(tx)[crash.model, version],
+            }
+            self.add_event(tx, "model_quarantined", body)
 
-    def _read_tasks(self, tx: Connection, task_ids: Collection[str]) -> list[Row]:
-        return _read_rows(tx, _BY_TASK, task_ids)
+    # --- reading -----------------------------------------------------------------------------
 
     def count_open(self, tx: Connection) -> dict[JobState, int]:
         """Return how many jobs are queued and running."""
         query = (
-            select(_JOBS.c.state, func.count())
-            .where(_JOBS.c.ended_ms.is_(None))
-            .group_by(_JOBS.c.state)
+            select(JOBS.c.state, func.count())
+            .where(JOBS.c.ended_ms.is_(None))
+            .group_by(JOBS.c.state)
         )
         return {JobState(state): count for state, count in tx.execute(query)}
 
@@ -524,13 +577,13 @@ class Ledger:
         """Return the tasks under way: lane, number of jobs and bytes of bodies."""
         query = (
             select(
-                _JOBS.c.task_id,
-                func.max(_JOBS.c.lane),
+                JOBS.c.task_id,
+                func.max(JOBS.c.lane),
                 func.count(),
-                func.sum(func.length(_JOBS.c.body)),
+                func.sum(func.length(JOBS.c.body)),
             )
-            .where(_JOBS.c.task_id.is_not(None))
-            .group_by(_JOBS.c.task_id)
+            .where(JOBS.c.task_id.is_not(None))
+            .group_by(JOBS.c.task_id)
         )
         return {task: (Lane(lane), jobs, size) for task, lane, jobs, size in tx.execute(query)}
 
@@ -540,13 +593,14 @@ class Ledger:
         The digest is sha256 over `job_id:rev` of all open jobs, sorted by id, joined by commas.
         """
         query = (
-            select(_JOBS.c.job_id, _JOBS.c.rev)
-            .where(_JOBS.c.ended_ms.is_(None))
-            .order_by(_JOBS.c.job_id)
+            select(JOBS.c.job_id, JOBS.c.rev)
+            .where(JOBS.c.ended_ms.is_(None))
+            .order_by(JOBS.c.job_id)
         )
         rows = [(job_id, rev) for job_id, rev in tx.execute(query)]
         text = ",".join(f"{job_id}:{rev}" for job_id, rev in rows)
         return {
+            "seq": outbox.read_counter(tx, "seq"),
             "desired_version": None,
             "epoch": None,
             "open": [list(row) for row in rows[-_SYNC_OPEN:]],
@@ -556,39 +610,7 @@ class Ledger:
 
     def find_jobs(self, tx: Connection, job_ids: Collection[str]) -> dict[str, Row]:
         """Return what is known of these jobs, by id."""
-        return {row["job_id"]: row for row in self._read(tx, job_ids)}
-
-    def delete_old(self, tx: Connection, before_ms: int, limit: int) -> int:
-        """Forget up to `limit` jobs that ended before `before_ms`; return how many."""
-        query = (
-            select(_JOBS.c.job_id)
-            .where(_JOBS.c.ended_ms.is_not(None), _JOBS.c.ended_ms < before_ms)
-            .limit(limit)
-        )
-        job_ids = list(tx.execute(query).scalars())
-        for table in (_TRANSITIONS, _JOBS):
-            tx.execute(table.delete().where(table.c.job_id.in_(job_ids)))
-        return len(job_ids)
+        return {row["job_id"]: row for row in read_jobs(tx, job_ids)}
 
 
-def _moved_ms(row: Row) -> int:
-    """Return when a job came to its present state, as far as its row tells."""
-    return int(row.get("ended_ms") or row.get("started_ms") or row["created_ms"])
-
-
-def _history(row: Row, state: str, at_ms: int) -> Row:
-    return {
-        "job_id": row["job_id"],
-        "rev": row["rev"],
-        "state": state,
-        "at_ms": at_ms,
-        "attempt": row["attempt"],
-        "reason_code": row["reason_code"],
-    }
-
-
-def _read_rows(tx: Connection, query: Statement, values: Collection[str]) -> list[Row]:
-    if not values:
-        return []
-    rows = query.fetch(tx, b_values=encode(list(values)))
-    return [dict(zip(_STATE_NAMES, row, strict=True)) for row in rows]
+__all__ = ["KEPT_RESULT", "EndedJob", "Ledger", "NewJob", "Outcome", "ReadyJob", "Verdict"]

@@ -3,8 +3,9 @@
 A record is written in the transaction of the change it reports. It gets its
 number on the wire (`seq`) in the transaction before its first publish, so
 numbers have no gaps, and what was once on the wire is never changed under its
-number: a state is coalesced only while it has none. A record leaves when the
-other side has acknowledged it.
+number: a state or a progress is coalesced only while it has none. A record
+leaves when the other side has acknowledged it, or with a gap record that names
+its number (`agent.store.bounds`).
 
 All functions run inside the caller's transaction.
 """
@@ -35,6 +36,12 @@ from agent.store.tables import Counter, OutboxRecord
 
 _OUTBOX = OutboxRecord.__table__  # type: ignore[attr-defined]
 _COUNTERS = Counter.__table__  # type: ignore[attr-defined]
+
+
+# No state before the end is held longer (`outbox.coalesce_s` is some seconds).
+_HOLD_MAX_MS = 60_000
+# Each of the five classes has an eighth of the room for sure; the first ones have the rest.
+_SHARES = 8
 
 
 class Rank(IntEnum):
@@ -83,7 +90,17 @@ def _insert_or_replace(rows: TableClause, values: Mapping[str, ColumnElement[Any
     )
 
 
+def _insert_or_update(rows: TableClause, values: Mapping[str, ColumnElement[Any]]) -> Insert:
+    statement = _insert_all(rows, values)
+    return statement.on_conflict_do_update(
+        index_elements=["job_id"],
+        index_where=text("kind = 'progress' AND seq IS NULL"),
+        set_={name: statement.excluded[name] for name in _REPLACED},
+    )
+
+
 _UPSERT_STATE = Bulk(_INSERTED, _insert_or_replace)
+_UPSERT_PROGRESS = Bulk(_INSERTED, _insert_or_update)
 _INSERT = Bulk(_INSERTED, _insert_all)
 _NUMBER = Bulk(
     ("id", "seq"),
@@ -96,14 +113,20 @@ _DELETE = Statement(
         _OUTBOX.c.seq.in_(select(func.json_each(bindparam("b_seqs")).table_valued("value")))
     )
 )
+_DELETE_UPTO = Statement(delete(_OUTBOX).where(_OUTBOX.c.seq <= bindparam("b_upto", type_=Integer)))
 _unsent = select(*_COLUMNS).where(_OUTBOX.c.seq.is_(None))
-_SELECT_URGENT = Statement(
-    _unsent.where(_OUTBOX.c.rank != Rank.EARLY.value)
-    .order_by(_OUTBOX.c.rank, _OUTBOX.c.id)
+_SELECT_CLASS = Statement(
+    _unsent.where(_OUTBOX.c.rank == bindparam("b_rank", type_=Integer))
+    .order_by(_OUTBOX.c.id)
     .limit(bindparam("b_limit", type_=Integer))
 )
 _SELECT_EARLY = Statement(
-    _unsent.where(_OUTBOX.c.rank == Rank.EARLY.value, _OUTBOX.c.created_ms <= bindparam("b_before"))
+    _unsent.where(
+        _OUTBOX.c.rank == Rank.EARLY.value,
+        # A clock that was set back must not hold a state until it has caught up.
+        (_OUTBOX.c.created_ms <= bindparam("b_before"))
+        | (_OUTBOX.c.created_ms > bindparam("b_before") + _HOLD_MAX_MS),
+    )
     .order_by(_OUTBOX.c.id)
     .limit(bindparam("b_limit", type_=Integer))
 )
@@ -113,6 +136,18 @@ _SELECT_SENT = Statement(
     .order_by(_OUTBOX.c.seq)
     .limit(bindparam("b_limit", type_=Integer))
 )
+_READ_COUNTER = Statement(select(_COUNTERS.c.value).where(_COUNTERS.c.name == bindparam("b_name")))
+
+
+def _replace_counter(rows: TableClause, values: Mapping[str, ColumnElement[Any]]) -> Insert:
+    source = select(*values.values()).select_from(rows).where(true())
+    statement = upsert(_COUNTERS).from_select(list(values), source)
+    return statement.on_conflict_do_update(
+        index_elements=["name"], set_={"value": statement.excluded["value"]}
+    )
+
+
+_SAVE_COUNTER = Bulk(("name", "value"), _replace_counter)
 _HAS_UNSENT = Statement(select(_OUTBOX.c.id).where(_OUTBOX.c.seq.is_(None)).limit(1))
 
 
@@ -121,32 +156,65 @@ def add_states(tx: Connection, rows: Sequence[dict[str, object]]) -> None:
     _UPSERT_STATE.run(tx, rows)
 
 
+def add_progress(tx: Connection, rows: Sequence[dict[str, object]]) -> None:
+    """Write progress, each replacing the job's progress that is not on the wire yet."""
+    _UPSERT_PROGRESS.run(tx, rows)
+
+
 def add_records(tx: Connection, rows: Sequence[dict[str, object]]) -> None:
     """Write results, events and other records."""
     _INSERT.run(tx, rows)
 
 
-def take_unsent(tx: Connection, limit: int, early_before_ms: int, first_seq: int) -> list[Record]:
+def take_unsent(tx: Connection, limit: int, early_before_ms: int) -> list[Record]:
     """Number the next records to publish and return them in the order to send.
 
-    States before the end wait until `early_before_ms`, and then have an eighth
-    of the room at least, so that a stream of results cannot starve them.
+    Each class that has something to send gets an eighth of the room at least,
+    so that none is starved by those before it. States before the end wait
+    until `early_before_ms`.
 
     Args:
         tx: the caller's transaction.
         limit: how many at most.
         early_before_ms: states before the end created later than this stay.
-        first_seq: the number of the first one.
     """
-    early = _read(tx, _SELECT_EARLY, b_before=early_before_ms, b_limit=limit)
-    room = limit - min(len(early), max(1, limit // 8))
-    urgent = _read(tx, _SELECT_URGENT, b_limit=room)
-    chosen = urgent + early[: limit - len(urgent)]
+    share = max(1, limit // _SHARES)
+    classes: list[list[Record]] = []
+    taken = 0
+    for rank in Rank:
+        wanted = max(share, limit - taken)
+        if rank is Rank.EARLY:
+            found = _read(tx, _SELECT_EARLY, b_before=early_before_ms, b_limit=wanted)
+        else:
+            found = _read(tx, _SELECT_CLASS, b_rank=rank.value, b_limit=wanted)
+        classes.append(found)
+        taken += len(found)
+    chosen = [row for rows in _trim(classes, limit, share) for row in rows]
+    if not chosen:
+        return []
+    first_seq = read_counter(tx, "seq") + 1
     numbered = [Record(row[0], seq, *row[2:]) for seq, row in enumerate(chosen, first_seq)]
-    if numbered:
-        _NUMBER.run(tx, [{"id": row.id, "seq": row.seq} for row in numbered])
-        save_counter(tx, "seq", first_seq + len(numbered) - 1)
+    _NUMBER.run(tx, [{"id": row.id, "seq": row.seq} for row in numbered])
+    save_counter(tx, "seq", first_seq + len(numbered) - 1)
     return numbered
+
+
+def _trim(classes: list[list[Record]], limit: int, share: int) -> list[list[Record]]:
+    """Cut the classes to `limit` records in all, none of them below its share."""
+    surplus = sum(map(len, classes)) - limit
+    for rows in classes:
+        cut = max(0, min(surplus, len(rows) - share))
+        if cut:
+            del rows[len(rows) - cut :]
+            surplus -= cut
+    # With less room than classes there is not a share for each: the first ones go first.
+    for rows in reversed(classes):
+        if surplus <= 0:
+            break
+        cut = min(surplus, len(rows))
+        del rows[len(rows) - cut :]
+        surplus -= cut
+    return classes
 
 
 def _read(tx: Connection, query: Statement, **params: int) -> list[Record]:
@@ -165,6 +233,19 @@ def delete_acknowledged(tx: Connection, seqs: Iterable[int]) -> None:
         _DELETE.run(tx, b_seqs=encode(chosen))
 
 
+def delete_upto(tx: Connection, seq: int) -> None:
+    """Remove every record that is numbered up to `seq`: the console has them."""
+    _DELETE_UPTO.run(tx, b_upto=seq)
+
+
+def measure_classes(tx: Connection) -> dict[Rank, tuple[int, int]]:
+    """Return how many records each class holds, and the bytes of their bodies."""
+    query = select(
+        _OUTBOX.c.rank, func.count(), func.coalesce(func.sum(func.length(_OUTBOX.c.body)), 0)
+    ).group_by(_OUTBOX.c.rank)
+    return {Rank(rank): (count, size) for rank, count, size in tx.execute(query)}
+
+
 def count_records(tx: Connection) -> int:
     """Return how many records wait or are unacknowledged."""
     return int(tx.execute(select(func.count()).select_from(_OUTBOX)).scalar_one())
@@ -172,14 +253,13 @@ def count_records(tx: Connection) -> int:
 
 def read_counter(tx: Connection, name: str) -> int:
     """Return a counter, 0 where it was never saved."""
-    query = select(_COUNTERS.c.value).where(_COUNTERS.c.name == name)
-    return int(tx.execute(query).scalar() or 0)
+    found = _READ_COUNTER.fetch(tx, b_name=name)
+    return int(found[0][0]) if found else 0
 
 
 def save_counter(tx: Connection, name: str, value: int) -> None:
     """Save a counter."""
-    statement = upsert(_COUNTERS).values(name=name, value=value)
-    tx.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": value}))
+    _SAVE_COUNTER.run(tx, [{"name": name, "value": value}])
 
 
 def has_unsent(tx: Connection) -> bool:

@@ -14,6 +14,8 @@ from agent.store.outbox import Rank
 from agent.topics import Topics
 
 STATE_TTL_AFTER_END_S = 7 * 86400
+PROGRESS_TTL_S = 60
+KEPT_RESULT = "kept_result"
 
 Row = Mapping[str, Any]
 
@@ -46,11 +48,21 @@ def build_state(topics: Topics, job: Row, at_ms: int) -> dict[str, object]:
     }
 
 
-def build_result(topics: Topics, job_id: str, body: str, at_ms: int) -> dict[str, object]:
-    """Return the outbox row that carries a job's result."""
+def build_result(
+    topics: Topics, job_id: str, body: str, at_ms: int, *, keep: bool = False
+) -> dict[str, object]:
+    """Return the outbox row that carries a job's result.
+
+    Args:
+        topics: the device's topics.
+        job_id: the job.
+        body: the result record's body.
+        at_ms: when it was made.
+        keep: whether newer results may not push it out of a full outbox.
+    """
     return {
         "rank": Rank.RESULT,
-        "kind": "result",
+        "kind": KEPT_RESULT if keep else "result",
         "job_id": job_id,
         "topic": topics.result(job_id),
         "type": "job.result",
@@ -74,5 +86,37 @@ def build_event(
         "retained": False,
         "ttl_s": None,
         "body": encode(body),
+        "created_ms": at_ms,
+    }
+
+
+def build_progress(
+    topics: Topics, job_id: str, body: Mapping[str, object], at_ms: int
+) -> dict[str, object]:
+    """Return the outbox row that reports how far a running job is."""
+    return {
+        "rank": Rank.TELEMETRY,
+        "kind": "progress",
+        "job_id": job_id,
+        "topic": topics.progress(job_id),
+        "type": "job.progress",
+        "retained": False,
+        "ttl_s": PROGRESS_TTL_S,
+        "body": encode(body),
+        "created_ms": at_ms,
+    }
+
+
+def build_telemetry(topics: Topics, body: str, at_ms: int) -> dict[str, object]:
+    """Return the outbox row of a heartbeat that could not be sent when it was due."""
+    return {
+        "rank": Rank.TELEMETRY,
+        "kind": "telemetry",
+        "job_id": None,
+        "topic": topics.heartbeat,
+        "type": "heartbeat",
+        "retained": False,
+        "ttl_s": None,
+        "body": body,
         "created_ms": at_ms,
     }

@@ -9,6 +9,9 @@ the boot id they were written under.
 from sqlalchemy import Index, text
 from sqlmodel import Field, SQLModel
 
+# SQLite adds a column that may not be NULL only with a default of its own.
+_ZERO = {"server_default": "0"}
+
 
 class Job(SQLModel, table=True):
     """One job, from its acceptance to 30 days after its end."""
@@ -18,7 +21,7 @@ class Job(SQLModel, table=True):
         Index(
             "ix_jobs_ready",
             "lane",
-            "urgency",
+            "due_ms",
             "seq",
             sqlite_where=text("state = 'queued' AND task_id IS NULL"),
         ),
@@ -30,6 +33,11 @@ class Job(SQLModel, table=True):
         Index("ix_jobs_open", "job_id", "rev", "state", sqlite_where=text("ended_ms IS NULL")),
         Index("ix_jobs_task", "task_id", sqlite_where=text("task_id IS NOT NULL")),
         Index("ix_jobs_ended", "ended_ms", sqlite_where=text("ended_ms IS NOT NULL")),
+        Index(
+            "ix_jobs_dedupe",
+            "dedupe_key",
+            sqlite_where=text("dedupe_key IS NOT NULL AND ended_ms IS NULL"),
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -41,7 +49,7 @@ class Job(SQLModel, table=True):
     model: str
     version: str | None = None
     urgency: int = 4
-    """9 − priority, so that an ascending index gives the order of dispatch."""
+    """9 − priority."""
     body: str = ""
     """The job's body, JSON as it came; empty for a rejected one."""
     body_hash: str | None = None
@@ -59,16 +67,32 @@ class Job(SQLModel, table=True):
     started_ms: int | None = None
     ended_ms: int | None = None
     not_before_ms: int | None = None
+    """Wall time before which it is not dispatched; for after a reboot."""
     expires_boot_ms: int | None = None
-    """Deadline to start by, on the boot clock of `boot_id`."""
+    """Deadline to start by, on this boot's clock."""
     expires_ms: int | None = None
     """The same on the wall clock, for after a reboot."""
-    boot_id: str | None = None
     max_attempts: int = 5
     on_interrupt: str = "retry"
     run_timeout_s: float = 120.0
     result: str | None = None
     """The result record's JSON body."""
+    due_ms: int = Field(default=0, sa_column_kwargs=_ZERO)
+    """Order of dispatch: arrival, plus the time in which the job would gain its urgency by age.
+    On the ledger's own line of time, which goes on from run to run."""
+    ready_boot_ms: int | None = None
+    """Not dispatched before, on this boot's clock: `not_before`, a back-off or a window."""
+    failures: int = Field(default=0, sa_column_kwargs=_ZERO)
+    """Attempts that ended with an error worth another try."""
+    crashes: int = Field(default=0, sa_column_kwargs=_ZERO)
+    """Attempts that crashed their worker, by evidence."""
+    crashed_attempt: int = Field(default=0, sa_column_kwargs=_ZERO)
+    """The newest attempt counted in `crashes`."""
+    dedupe_key: str | None = None
+    options: str | None = None
+    """Rarely given wishes as JSON: `agent.store.options.JobOptions`."""
+    progress: str | None = None
+    """The newest progress, JSON."""
 
 
 class Transition(SQLModel, table=True):
@@ -98,6 +122,12 @@ class OutboxRecord(SQLModel, table=True):
             unique=True,
             sqlite_where=text("kind = 'state' AND seq IS NULL"),
         ),
+        Index(
+            "ux_outbox_pending_progress",
+            "job_id",
+            unique=True,
+            sqlite_where=text("kind = 'progress' AND seq IS NULL"),
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -118,9 +148,41 @@ class OutboxRecord(SQLModel, table=True):
 
 
 class Counter(SQLModel, table=True):
-    """Numbers that only grow: `boot`, `conn`, `seq`."""
+    """Numbers that only grow: `boot`, `conn`, `seq`, `acked`, `horizon_ms`, `newest_id_ms`."""
 
     __tablename__ = "counters"
 
     name: str = Field(primary_key=True)
     value: int
+
+
+class Fact(SQLModel, table=True):
+    """What is true of this ledger: its identity, the boot it was last used in."""
+
+    __tablename__ = "facts"
+
+    name: str = Field(primary_key=True)
+    value: str
+
+
+class Crash(SQLModel, table=True):
+    """A worker's crash while it ran a model version; kept for a day."""
+
+    __tablename__ = "crashes"
+
+    id: int | None = Field(default=None, primary_key=True)
+    model: str
+    version: str
+    signal: str
+    at_ms: int
+
+
+class Quarantine(SQLModel, table=True):
+    """A model version that is not served, because it crashed its workers."""
+
+    __tablename__ = "quarantine"
+
+    model: str = Field(primary_key=True)
+    version: str = Field(primary_key=True)
+    reason: str
+    since_ms: int

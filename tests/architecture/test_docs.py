@@ -146,6 +146,7 @@ def test_protocol_names_the_topics_that_the_code_uses() -> None:
         topics.heartbeat,
         topics.state("{job_id}"),
         topics.result("{job_id}"),
+        topics.progress("{job_id}"),
         topics.event("{type}"),
         topics.sync,
         topics.reply_prefix + "{any}",

@@ -45,6 +45,13 @@ JOB_REASONS = {
     "internal_error",
     "run_timeout",
     "bad_file_name",
+    "worker_crashed",
+    "poison_job",
+    "payload_damaged",
+    "dedupe_dropped",
+    "replaced",
+    "outbox_full",
+    "progress_timeout",
 }
 
 
@@ -52,7 +59,8 @@ def import_everything() -> None:
     """Import all of our modules, so that every subclass is known."""
     for package in PACKAGES:
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if found.name not in _NOT_IMPORTED and not found.name.endswith("_initial"):
+            is_migration = ".migrations.versions." in found.name
+            if found.name not in _NOT_IMPORTED and not is_migration:
                 importlib.import_module(found.name)
 
 

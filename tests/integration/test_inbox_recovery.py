@@ -24,6 +24,7 @@ from agent.daemon.messages import Message, Received, Spooled
 from agent.jobs import JobState, Lane, Reason
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import Ledger, Outcome
+from agent.store.retention import Retention
 from agent.topics import Topics
 from tests.conftest import wait_until
 from tests.harness.box import make_body, make_envelope
@@ -59,8 +60,10 @@ class Bench:
             self.settings,
             topics,
             self.ledger,
+            Retention(self.clock, 30, 2),
             self.clock,
             lambda name: name == MODEL,
+            lambda _model, _version: None,
             refuse_to_answer,
         )
         self.model = self.settings.inbox_dir / MODEL
@@ -113,8 +116,8 @@ class Bench:
         """End every queued job, and tell the inbox unless it is to die before."""
 
         def run(tx: Connection) -> Any:
-            ready = self.ledger.find_ready(tx, Lane.BATCH, 100)
-            self.ledger.assign(tx, [(new_id(), ready)])
+            ready = self.ledger.schedule.find_ready(tx, Lane.BATCH, 100)
+            self.ledger.schedule.assign(tx, [(new_id(), ready)])
             now_ms = self.clock.wall
             reason = Reason("ok" if state is JobState.SUCCEEDED else "bad_input", "said so")
             result = {"output": 7} if state is JobState.SUCCEEDED else None

@@ -1,93 +1,17 @@
 """The ledger's rules, on a real SQLite file; each test names the rule it proves."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection
 
 from agent.commands import new_id
-from agent.jobs import JobState, Lane, Reason, Source
+from agent.jobs import JobState, Lane, Source
 from agent.store import outbox
-from agent.store.database import migrate, open_engine, transaction
-from agent.store.ledger import Ledger, NewJob, Outcome, Verdict
-from agent.topics import Topics
-from tests.harness.clocks import FakeClock
-
-BODY = '{"model":"digits"}'
-FAR_FUTURE_MS = 2**60
-
-
-class Store:
-    """A ledger on disk and a clock to turn."""
-
-    def __init__(self, path: Path) -> None:
-        self.clock = FakeClock()
-        self.engine: Engine = open_engine(path)
-        migrate(self.engine)
-        self.ledger = Ledger(Topics("dev"), self.clock)
-
-    def run(self, call: Callable[[Connection], Any]) -> Any:
-        with transaction(self.engine) as tx:
-            return call(tx)
-
-    def accept(self, **changes: Any) -> str:
-        job_id: str = changes.pop("job_id", None) or new_id()
-        job = make_job(job_id, **changes)
-        self.run(lambda tx: self.ledger.accept(tx, [job]))
-        return job_id
-
-    def dispatch(self, task_id: str = "task-1") -> list[str]:
-        """Put every ready job into one task."""
-
-        def assign(tx: Connection) -> list[str]:
-            ready = self.ledger.find_ready(tx, Lane.INFERENCE, 100)
-            self.ledger.assign(tx, [(task_id, ready)])
-            return [job.job_id for job in ready]
-
-        return list(self.run(assign))
-
-    def finish(self, job_id: str, attempt: int = 1, state: JobState = JobState.SUCCEEDED) -> int:
-        outcome = Outcome(
-            job_id,
-            attempt,
-            state,
-            Reason("ok"),
-            self.clock.wall,
-            self.clock.wall + 5,
-            {"output": 1},
-        )
-        return len(self.run(lambda tx: self.ledger.record_outcomes(tx, [outcome])))
-
-    def requeue(self, task_id: str, *, counts: bool = True) -> None:
-        reason = Reason("worker_lost", "gone")
-        self.run(lambda tx: self.ledger.requeue(tx, [task_id], reason, counts=counts))
-
-    def job(self, job_id: str) -> Any:
-        query = text("SELECT * FROM jobs WHERE job_id = :id")
-        return self.run(lambda tx: tx.execute(query, {"id": job_id}).mappings().one())
-
-    def history(self, job_id: str) -> list[tuple[int, str]]:
-        query = text("SELECT rev, state FROM transitions WHERE job_id = :id ORDER BY rev")
-        return [tuple(row) for row in self.run(lambda tx: tx.execute(query, {"id": job_id}).all())]
-
-    def reports(self) -> list[tuple[str, dict[str, Any]]]:
-        query = text("SELECT kind, body FROM outbox ORDER BY id")
-        rows = self.run(lambda tx: tx.execute(query).all())
-        return [(kind, json.loads(body)) for kind, body in rows]
-
-    def take(self, limit: int = 100, first_seq: int = 1) -> list[outbox.Record]:
-        records: list[outbox.Record] = self.run(
-            lambda tx: outbox.take_unsent(tx, limit, FAR_FUTURE_MS, first_seq)
-        )
-        return records
-
-
-def make_job(job_id: str, **changes: Any) -> NewJob:
-    job = NewJob(job_id, Source.MQTT, BODY, "hash-1", "infer", Lane.INFERENCE, "digits")
-    return job._replace(**changes)
+from agent.store.database import transaction
+from agent.store.ledger import Verdict
+from tests.harness.ledger import BACK_OFF_MS, BODY, Store, make_job
 
 
 @pytest.fixture
@@ -120,7 +44,7 @@ def test_same_id_and_body_again_reports_the_present_state(store: Store) -> None:
     store.dispatch()
     store.finish(job_id)
     store.take()
-    verdict = store.run(lambda tx: store.ledger.accept(tx, [make_job(job_id)]))
+    verdict = store.run(lambda tx: store.ledger.accept(tx, [make_job(job_id)])).verdicts
     assert verdict == [Verdict.DUPLICATE]
     state = [body for kind, body in store.reports() if kind == "state"][-1]
     assert (state["state"], state["rev"]) == ("succeeded", 3)
@@ -141,13 +65,13 @@ def test_repeated_state_is_the_same_record_but_for_its_number(store: Store) -> N
 def test_same_body_in_another_spelling_is_a_duplicate(store: Store) -> None:
     job_id = store.accept(body='{"a":1,"b":2.0}')
     other = make_job(job_id, body='{"b":2.0, "a":1}', body_hash="hash-2")
-    assert store.run(lambda tx: store.ledger.accept(tx, [other])) == [Verdict.DUPLICATE]
+    assert store.run(lambda tx: store.ledger.accept(tx, [other])).verdicts == [Verdict.DUPLICATE]
 
 
 def test_same_id_with_another_body_leaves_the_original_and_an_event(store: Store) -> None:
     job_id = store.accept()
     other = make_job(job_id, body='{"model":"other"}', body_hash="hash-2")
-    assert store.run(lambda tx: store.ledger.accept(tx, [other])) == [Verdict.CONFLICT]
+    assert store.run(lambda tx: store.ledger.accept(tx, [other])).verdicts == [Verdict.CONFLICT]
     assert store.job(job_id)["body"] == BODY
     kind, event = store.reports()[-1]
     assert (kind, event["code"], event["job_id"]) == ("event", "id_conflict", job_id)
@@ -155,7 +79,7 @@ def test_same_id_with_another_body_leaves_the_original_and_an_event(store: Store
 
 def test_duplicate_inside_one_batch_meets_the_first(store: Store) -> None:
     job = make_job(new_id())
-    verdicts = store.run(lambda tx: store.ledger.accept(tx, [job, job]))
+    verdicts = store.run(lambda tx: store.ledger.accept(tx, [job, job])).verdicts
     assert verdicts == [Verdict.ACCEPTED, Verdict.DUPLICATE]
     assert len(store.history(job.job_id)) == 1
 
@@ -164,7 +88,8 @@ def test_cancel_before_the_submit_leaves_a_tombstone_that_wins(store: Store) -> 
     job_id = new_id()
     store.run(lambda tx: store.ledger.cancel(tx, [job_id], Source.MQTT))
     assert store.history(job_id) == [(1, "canceled")]
-    assert store.run(lambda tx: store.ledger.accept(tx, [make_job(job_id)])) == [Verdict.DUPLICATE]
+    again = store.run(lambda tx: store.ledger.accept(tx, [make_job(job_id)]))
+    assert again.verdicts == [Verdict.DUPLICATE]
     assert store.job(job_id)["state"] == "canceled"
 
 
@@ -238,6 +163,7 @@ def test_attempts_are_bounded(store: Store) -> None:
     for number in range(3):
         assert store.dispatch(f"task-{number}") == [job_id]
         store.requeue(f"task-{number}")
+        store.clock.advance(BACK_OFF_MS)
     assert store.job(job_id)["state"] == "failed"
     assert store.job(job_id)["reason_code"] == "attempts_exhausted"
     assert store.dispatch("task-4") == []
@@ -267,7 +193,7 @@ def test_urgent_jobs_come_first_and_equal_ones_in_order_of_arrival(store: Store)
 
 
 def test_job_waits_for_its_not_before(store: Store) -> None:
-    job_id = store.accept(not_before_ms=store.clock.wall + 1000)
+    job_id = store.accept(ready_boot_ms=store.clock.boot + 1000)
     assert store.dispatch() == []
     store.clock.advance(1000)
     assert store.dispatch() == [job_id]
@@ -278,10 +204,10 @@ def test_deadline_counts_on_the_boot_clock_whatever_the_wall_clock_does(store: S
         expires_ms=store.clock.wall + 1000, expires_boot_ms=store.clock.boot + 1000
     )
     store.clock.wall += 10**12
-    assert store.run(store.ledger.expire) == []
+    assert store.run(store.ledger.schedule.expire) == []
     store.clock.wall -= 2 * 10**12
     store.clock.boot += 1000
-    assert [job.job_id for job in store.run(store.ledger.expire)] == [job_id]
+    assert [job.job_id for job in store.run(store.ledger.schedule.expire)] == [job_id]
     assert store.job(job_id)["state"] == "expired"
 
 
@@ -290,9 +216,10 @@ def test_deadline_counts_on_the_wall_clock_after_a_reboot(store: Store) -> None:
         expires_ms=store.clock.wall + 1000, expires_boot_ms=store.clock.boot + 1000
     )
     store.clock.boot_name, store.clock.boot = "boot-2", 0
-    assert store.run(store.ledger.expire) == []
-    store.clock.wall += 1000
-    assert [job.job_id for job in store.run(store.ledger.expire)] == [job_id]
+    store.run(store.ledger.schedule.begin)
+    assert store.run(store.ledger.schedule.expire) == []
+    store.clock.advance(1000)
+    assert [job.job_id for job in store.run(store.ledger.schedule.expire)] == [job_id]
 
 
 def test_states_coalesce_until_they_are_on_the_wire_and_never_after(store: Store) -> None:
@@ -316,15 +243,17 @@ def test_numbers_on_the_wire_have_no_gaps_whatever_was_coalesced(store: Store) -
     for job_id in ids[:3]:
         store.finish(job_id)
     first = store.take(limit=4)
-    second = store.take(limit=100, first_seq=5)
+    second = store.take(limit=100)
     assert [record.seq for record in first + second] == list(range(1, 9))
 
 
 def test_ends_go_before_results_and_states_before_the_end_last(store: Store) -> None:
     waiting, ended = store.accept(), store.accept()
     with transaction(store.engine) as tx:
-        ready = store.ledger.find_ready(tx, Lane.INFERENCE, 10)
-        store.ledger.assign(tx, [("task-1", [job for job in ready if job.job_id == ended])])
+        ready = store.ledger.schedule.find_ready(tx, Lane.INFERENCE, 10)
+        store.ledger.schedule.assign(
+            tx, [("task-1", [job for job in ready if job.job_id == ended])]
+        )
     store.finish(ended)
     records = store.take()
     assert [record.type for record in records] == ["job.state", "job.result", "job.state"]
@@ -362,15 +291,3 @@ def test_acknowledged_records_are_gone_and_others_stay(store: Store) -> None:
     store.run(lambda tx: outbox.delete_acknowledged(tx, [1, 3]))
     kept = store.run(lambda tx: outbox.find_sent(tx, 0, 100, 100))
     assert [record.seq for record in kept] == [2]
-
-
-def test_only_old_ends_are_forgotten(store: Store) -> None:
-    old = store.accept()
-    store.dispatch()
-    store.finish(old)
-    store.clock.advance(10_000)
-    fresh = store.accept()
-    forget = store.clock.wall - 1000
-    assert store.run(lambda tx: store.ledger.delete_old(tx, forget, 10)) == 1
-    assert set(store.run(lambda tx: store.ledger.find_jobs(tx, [old, fresh]))) == {fresh}
-    assert store.history(old) == []

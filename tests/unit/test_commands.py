@@ -132,6 +132,13 @@ def test_submit_without_options_has_the_documented_defaults() -> None:
         "run_timeout_s": None,
         "max_attempts": None,
         "on_interrupt": "retry",
+        "on_error": "retry",
+        "retry_delay_s": None,
+        "progress_timeout_s": None,
+        "dedupe_key": None,
+        "dedupe": "drop_new",
+        "on_full": "keep_newest",
+        "window": None,
     }
 
 

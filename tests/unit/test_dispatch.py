@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from agent.commands import new_id
+from agent.commands import hash_text, new_id
 from agent.config import QueueSettings
 from agent.daemon.dispatch import Dispatcher, Task, _cut
 from agent.daemon.messages import Message
@@ -24,7 +24,18 @@ OVERHEAD = 256
 
 def make_ready(number: int, *, interruptions: int = 0, body: str = BODY) -> ReadyJob:
     return ReadyJob(
-        number, f"job-{number}", 0, interruptions, "infer", "digits", None, 120.0, 0, body
+        seq=number,
+        job_id=f"job-{number}",
+        attempt=0,
+        interruptions=interruptions,
+        handler="infer",
+        model="digits",
+        version=None,
+        run_timeout_s=120.0,
+        created_ms=0,
+        body_hash=hash_text(body),
+        options=None,
+        body=body.encode(),
     )
 
 
@@ -52,7 +63,8 @@ class Bench:
         self.dispatcher.broker.reachable = True
 
     def accept(self, count: int = 1, **changes: Any) -> list[str]:
-        job = NewJob("", Source.MQTT, BODY, "hash", "infer", Lane.INFERENCE, "digits")
+        body = str(changes.get("body", BODY))
+        job = NewJob("", Source.MQTT, body, hash_text(body), "infer", Lane.INFERENCE, "digits")
         jobs = [job._replace(job_id=new_id(), **changes) for _ in range(count)]
         with transaction(self.engine) as tx:
             self.ledger.accept(tx, jobs)
@@ -60,7 +72,7 @@ class Bench:
 
     def select(self) -> list[Task]:
         with transaction(self.engine) as tx:
-            return self.dispatcher.select(tx)
+            return list(self.dispatcher.select(tx).tasks)
 
     def feed(self) -> None:
         """Put so many tasks under way that the workers have enough to do."""
@@ -147,6 +159,7 @@ def test_task_carries_all_that_its_worker_needs(make: Any) -> None:
                 "id": job_id,
                 "attempt": 1,
                 "timeout_s": 7.5,
+                "progress_timeout_s": None,
                 "body": {"input": {"data_b64": "é"}},
             }
         ],

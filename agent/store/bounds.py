@@ -1,0 +1,193 @@
+"""Bounds of the outbox: what gives way when a class has more than it may, and the gap records.
+
+| class | bound | what gives way |
+| --- | --- | --- |
+| P0 states, reported | none | nothing |
+| P1 results | bytes, age | the oldest; those of `keep_oldest` jobs stay and refuse new ones |
+| P2 events | count | the oldest |
+| P3 telemetry | count | every second one, three times; then the oldest |
+
+Nothing is dropped in silence: what had no number on the wire yet is given one,
+and a gap record names the numbers. So whoever counts what arrived and what the
+gap records name has counted everything.
+
+All functions run inside the caller's transaction.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, select
+
+from agent.store import outbox
+from agent.store.outbox import Rank
+from agent.store.records import KEPT_RESULT, build_event
+from agent.store.tables import OutboxRecord
+from agent.topics import Topics
+
+_OUTBOX = OutboxRecord.__table__  # type: ignore[attr-defined]
+
+_CLASS = {Rank.RESULT: "P1", Rank.EVENT: "P2", Rank.TELEMETRY: "P3"}
+GAP = "gap"
+# Room is made for more than one record, so that it is not made for each.
+_LEAVE = 0.9
+_AT_ONCE = 4096
+_THINNINGS = 3
+_THINNED = "telemetry_thinned"
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True)
+class OutboxBounds:
+    """How much of each class may wait for the console."""
+
+    result_bytes: int
+    result_days: int
+    events: int
+    telemetry: int
+
+
+def enforce(tx: Connection, topics: Topics, bounds: OutboxBounds, now_ms: int) -> bool:
+    """Drop what is over the bounds, with gap records; say whether results have no room.
+
+    Looks at every record: for once in a while.
+    """
+    sizes = outbox.measure_classes(tx)
+    _drop_old_results(tx, topics, now_ms - bounds.result_days * _DAY_MS, now_ms)
+    results_full = False
+    _, result_bytes = sizes.get(Rank.RESULT, (0, 0))
+    if result_bytes > bounds.result_bytes:
+        excess = result_bytes - int(bounds.result_bytes * _LEAVE)
+        results_full = _drop_results(tx, topics, excess, now_ms) < excess
+    events, _ = sizes.get(Rank.EVENT, (0, 0))
+    if events > bounds.events:
+        rows = _oldest(tx, Rank.EVENT, events - int(bounds.events * _LEAVE))
+        # Gap records are events too; one that is dropped would be loss in silence.
+        _drop(tx, topics, Rank.EVENT, rows, "outbox_full", now_ms)
+    telemetry, _ = sizes.get(Rank.TELEMETRY, (0, 0))
+    if telemetry > bounds.telemetry:
+        _thin(tx, topics, bounds.telemetry, now_ms)
+    elif telemetry == 0:
+        outbox.save_counter(tx, _THINNED, 0)
+    # Also with room again: a box that is nearly full is treated as full, or `fail` would come late.
+    return results_full or result_bytes > bounds.result_bytes * _LEAVE
+
+
+def drop_new(
+    tx: Connection, topics: Topics, results: Sequence[dict[str, Any]], now_ms: int
+) -> None:
+    """Give numbers to results that never enter a full outbox, and tell the console which."""
+    first = outbox.read_counter(tx, "seq") + 1
+    outbox.save_counter(tx, "seq", first + len(results) - 1)
+    numbers = range(first, first + len(results))
+    _tell(tx, topics, Rank.RESULT, numbers, "outbox_full", now_ms)
+
+
+def _drop_old_results(tx: Connection, topics: Topics, before_ms: int, now_ms: int) -> None:
+    query = (
+        select(_OUTBOX.c.id, _OUTBOX.c.seq)
+        .where(_OUTBOX.c.rank == Rank.RESULT.value, _OUTBOX.c.created_ms < before_ms)
+        .order_by(_OUTBOX.c.id)
+        .limit(_AT_ONCE)
+    )
+    rows = [(number, seq) for number, seq in tx.execute(query)]
+    _drop(tx, topics, Rank.RESULT, rows, "too_old", now_ms)
+
+
+def _drop_results(tx: Connection, topics: Topics, excess: int, now_ms: int) -> int:
+    """Drop the oldest results that may be; return how many bytes that freed."""
+    query = (
+        select(_OUTBOX.c.id, _OUTBOX.c.seq, func.length(_OUTBOX.c.body))
+        .where(_OUTBOX.c.rank == Rank.RESULT.value, _OUTBOX.c.kind != KEPT_RESULT)
+        .order_by(_OUTBOX.c.id)
+        .limit(_AT_ONCE)
+    )
+    rows: list[tuple[int, int | None]] = []
+    freed = 0
+    for number, seq, size in tx.execute(query):
+        if freed >= excess:
+            break
+        rows.append((number, seq))
+        freed += size
+    _drop(tx, topics, Rank.RESULT, rows, "outbox_full", now_ms)
+    return freed
+
+
+def _oldest(tx: Connection, rank: Rank, count: int) -> list[tuple[int, int | None]]:
+    query = (
+        select(_OUTBOX.c.id, _OUTBOX.c.seq)
+        .where(_OUTBOX.c.rank == rank.value, _OUTBOX.c.topic.not_like(f"%/{GAP}"))
+        .order_by(_OUTBOX.c.id)
+        .limit(min(count, _AT_ONCE))
+    )
+    return [(number, seq) for number, seq in tx.execute(query)]
+
+
+def _thin(tx: Connection, topics: Topics, bound: int, now_ms: int) -> None:
+    """Drop every second heartbeat, and the oldest ones once that was done often enough."""
+    done = outbox.read_counter(tx, _THINNED)
+    if done < _THINNINGS:
+        rows = _oldest(tx, Rank.TELEMETRY, bound * 2)[1::2]
+        outbox.save_counter(tx, _THINNED, done + 1)
+        _drop(tx, topics, Rank.TELEMETRY, rows, "thinned", now_ms)
+    else:
+        rows = _oldest(tx, Rank.TELEMETRY, max(1, bound // 4))
+        _drop(tx, topics, Rank.TELEMETRY, rows, "outbox_full", now_ms)
+
+
+def _drop(
+    tx: Connection,
+    topics: Topics,
+    rank: Rank,
+    rows: Iterable[tuple[int, int | None]],
+    reason: str,
+    now_ms: int,
+) -> None:
+    """Delete records by their row ids, and tell the console the numbers that will not come."""
+    chosen = list(rows)
+    if not chosen:
+        return
+    last = outbox.read_counter(tx, "seq")
+    numbers: list[int] = []
+    for _, seq in chosen:
+        if seq is None:
+            last += 1
+        numbers.append(last if seq is None else seq)
+    outbox.save_counter(tx, "seq", last)
+    for start in range(0, len(chosen), 500):
+        ids = [number for number, _ in chosen[start : start + 500]]
+        tx.execute(delete(_OUTBOX).where(_OUTBOX.c.id.in_(ids)))
+    _tell(tx, topics, rank, numbers, reason, now_ms)
+
+
+def _tell(
+    tx: Connection, topics: Topics, rank: Rank, numbers: Iterable[int], reason: str, now_ms: int
+) -> None:
+    """Write one gap record for each run of numbers without a break."""
+    events = [
+        build_event(
+            topics,
+            GAP,
+            {
+                "class": _CLASS[rank],
+                "from_seq": first,
+                "to_seq": last,
+                "count": last - first + 1,
+                "reason": reason,
+            },
+            now_ms,
+        )
+        for first, last in _find_runs(sorted(numbers))
+    ]
+    outbox.add_records(tx, events)
+
+
+def _find_runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs
