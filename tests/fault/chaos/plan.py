@@ -55,6 +55,8 @@ SHARES: dict[Kind, float] = {
 """How many of all jobs are of each sort."""
 _RARE_EVERY = 500
 """One job in so many never ends by itself, and one kills its worker: each costs a restart."""
+_KILLS_A_ROUND = 13
+"""For so many kills there is one stopped process and one bad link, and half a flap."""
 
 
 class Fault(StrEnum):
@@ -166,7 +168,7 @@ def _make_frames(
     frames: list[_Frame] = []
     in_offline = min(left, 4 if kills < 100 else 12)
     left -= in_offline
-    for index in range(max(1, kills // 10)):
+    for index in range(max(1, kills // _KILLS_A_ROUND)):
         for build in (_make_stop, _make_link, _make_flap):
             if build is _make_flap and index % 2:
                 continue
