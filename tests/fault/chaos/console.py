@@ -70,7 +70,7 @@ class _Up:
 
 
 @dataclass
-class _Records:
+class Records:
     """Which numbered records of one ledger were received."""
 
     ledger: str | None = None
@@ -136,7 +136,7 @@ class ChaosConsole(threading.Thread):
         self._inbox: SimpleQueue[_Heard | _Taken | _Up | ChaosJob] = SimpleQueue()
         self._due: list[tuple[float, int, str]] = []
         self._order = itertools.count()
-        self._records = _Records()
+        self._records = Records()
         self._next_ack = self._next_sync = 0.0
         self._is_up = threading.Event()
         self._stopping = threading.Event()
@@ -306,7 +306,7 @@ class ChaosConsole(threading.Thread):
             self._records.ledger = ledger
             return
         self._journal.note("another ledger", ledger=ledger)
-        self._records = _Records(ledger)
+        self._records = Records(ledger)
         for job in self.jobs.values():
             if not job.has_ended:
                 job.state, job.rev = None, 0
