@@ -117,11 +117,18 @@ class ConsoleLink:
         """
         if wait:
             self._connection.open()
+            with self._lock:
+                for mirror in self._mirrors.values():
+                    mirror.connected(time.monotonic())
         else:
             self._connection.open_later()
 
     def close(self) -> None:
-        """Disconnect and end paho's thread."""
+        """Acknowledge what was committed, disconnect and end paho's thread."""
+        with self._lock:
+            now_s, mirrors = time.monotonic(), self.mirrors if self.is_connected else []
+            for message in [item for mirror in mirrors for item in mirror.take_last(now_s)]:
+                self._connection.publish(message)
         self._connection.close()
 
     @property
