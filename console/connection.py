@@ -41,6 +41,8 @@ from console.mirror import Outgoing
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+RECEIVE_MAXIMUM = 2000
+_GATHER_S = 0.005
 _FLUSH_S = 2.0
 _MAX_PACKET_BYTES = 1 << 20
 _SESSION_EXPIRY_S = 7 * 86_400
@@ -222,6 +224,8 @@ class Connection:
         properties = Properties(PacketTypes.CONNECT)
         properties.MaximumPacketSize = _MAX_PACKET_BYTES
         if self._is_durable:
+            # Mosquitto's own default is 20, and each commit would be for as many only.
+            properties.ReceiveMaximum = RECEIVE_MAXIMUM
             properties.SessionExpiryInterval = _SESSION_EXPIRY_S
             arguments["clean_start"] = False
         return {**arguments, "properties": properties}
@@ -241,12 +245,16 @@ class Connection:
         return self._client.is_connected()
 
     def take(self, timeout_s: float, limit: int) -> list[Heard]:
-        """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first."""
+        """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first.
+
+        Waits a moment for what comes right behind it, so that one commit serves many.
+        """
         taken = []
+        gather_s = _GATHER_S if self._is_durable else 0.0
         try:
             taken.append(self._next(timeout_s))
             while len(taken) < limit:
-                taken.append(self._next(0.0))
+                taken.append(self._next(gather_s))
         except Empty:
             pass
         return taken

@@ -15,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.commands import new_id
+from agent.daemon.mqtt import set_no_delay
 
 _AT = "2026-11-22T10:00:00.000Z"
 
@@ -48,6 +49,8 @@ class FakeDevice:
         """Come online: status, info, sync, as after each connect."""
         up = threading.Event()
         client = Client(CallbackAPIVersion.VERSION2, client_id=self.device, protocol=MQTTv5)
+        client.max_inflight_messages_set(0)
+        client.on_socket_open = set_no_delay
         client.on_message = self._on_message
         client.on_subscribe = lambda *_: up.set()
         properties = Properties(PacketTypes.CONNECT)
