@@ -21,6 +21,7 @@ from kombu.exceptions import KombuError
 
 from agent.commands import new_id
 from agent.config import Settings
+from agent.faults import reach
 from agent.jobs import Lane
 from agent.platformfile import load_platform
 from agent.sdnotify import notify, watchdog_period_s
@@ -151,6 +152,7 @@ class Worker:
     def _infer(self, payload: str) -> None:
         """Run one task; the boundary where an unknown error becomes an outcome."""
         task: dict[str, Any] = json.loads(payload)
+        reach("worker.received")
         with self._lock:
             self._running[task["task"]] = _start(task)
         self._heartbeat.wake_if_idle()
@@ -169,7 +171,9 @@ class Worker:
         finally:
             with self._lock:
                 del self._running[task["task"]]
+        reach("worker.ran")
         send_outcomes(self._app, task, outcomes)
+        reach("worker.sent")
 
 
 def run_worker(settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> int:
