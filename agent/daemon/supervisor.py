@@ -357,7 +357,8 @@ class Agent:
                     path.unlink(missing_ok=True)
 
     def _forget(self, tx: Connection) -> None:
-        self._retention.forget(tx, _DELETE_AT_ONCE)
+        if self._retention.forget(tx, _DELETE_AT_ONCE):
+            reach("retention.forgotten")
         self._retention.strip(tx, _DELETE_AT_ONCE)
 
     def _write_status(self) -> None:
