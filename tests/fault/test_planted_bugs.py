@@ -20,7 +20,7 @@ from tests.fault.chaos.scenario import Scenario
 from tests.harness.waiting import require_binary, wait_until
 
 KILLS, BURST = 3, 120
-QUIET_S = 6.0
+QUIET_S = 3.0
 
 
 def submit_under_kills(scenario: Scenario) -> None:

@@ -223,13 +223,16 @@ class Scenario:
             self.cast.members[step.target].send(signal.SIGSTOP)
         elif step.fault is Fault.FLAP:
             self.cast.members[step.target].hold()
+        elif step.fault is Fault.AMNESIA:
+            self.cast.members[step.target].hold(signal.SIGKILL)
+            self.cast.forget_mqtt()
         else:
             self.cast.proxy.set_link(Link(step.target))
 
     def _heal(self, step: Step) -> None:
         if step.fault is Fault.STOP:
             self.cast.members[step.target].send(signal.SIGCONT)
-        elif step.fault is Fault.FLAP:
+        elif step.fault in (Fault.FLAP, Fault.AMNESIA):
             self.cast.members[step.target].start()
         else:
             self.cast.proxy.set_link(Link.GOOD)
