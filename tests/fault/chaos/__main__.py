@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offline-s", type=float, default=0.0, help="length of the long cut")
     parser.add_argument("--duplicate", type=float, default=0.03, help="share of doubled packets")
     parser.add_argument("--restart-s", type=float, default=RESTART_S, help="time down after an end")
-    parser.add_argument("--quiet-s", type=float, default=90.0, help="longest wait for the end")
+    parser.add_argument("--quiet-s", type=float, default=30.0, help="longest silence at the end")
     parser.add_argument(
         "--wire", action="store_true", help="lose IP packets too: the agent in a netns (root)"
     )

@@ -285,6 +285,7 @@ class ChaosConsole(threading.Thread):
             return
         body = document["body"]
         if "seq" in document:
+            self.counts["heard"] += 1
             self._records.add(document["seq"], document["seq"])
         if kind == "job" and rest in self.jobs:
             self._apply(self.jobs[rest], body)
