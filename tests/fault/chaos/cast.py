@@ -20,6 +20,7 @@ from console.embedded import MqttBrokerKind, prepare_mqtt_broker, prepare_queue_
 from tests.fault.chaos.journal import Journal
 from tests.fault.chaos.models import install_models
 from tests.fault.chaos.proxy import Proxy
+from tests.fault.chaos.wire import Wire
 from tests.harness.waiting import wait_until
 
 DEVICE = "chaos-box"
@@ -63,6 +64,8 @@ class Member:
     ) -> None:
         self.name = name
         self.starts = 0
+        self.crashes: list[float] = []
+        """When it ended badly by itself, such as after a poison job."""
         self._argv = argv
         self._environment = environment
         self._log_path = log_path
@@ -85,7 +88,10 @@ class Member:
             if not self._is_wanted or self._process is None or self._process.poll() is None:
                 return
             now = time.monotonic()
-            self._ended_at = self._ended_at or now
+            if self._ended_at is None:
+                self._ended_at = now
+                if self._process.returncode not in (0, -signal.SIGKILL):
+                    self.crashes.append(now)
             if now - self._ended_at >= self._restart_s:
                 self._spawn()
 
@@ -160,6 +166,7 @@ class Cast:
         agent_argv: starts the agent; the product's command by default.
         settings: further settings, as environment variables.
         restart_s: how long a process stays down; the shipped units have 1 s.
+        wire: a network of its own for the agent.
     """
 
     def __init__(
@@ -172,6 +179,7 @@ class Cast:
         agent_argv: Sequence[str] | None = None,
         settings: dict[str, str] | None = None,
         restart_s: float = RESTART_S,
+        wire: Wire | None = None,
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "data"
@@ -181,7 +189,7 @@ class Cast:
         self.mqtt_port = mqtt.port
         self.queue_socket = queue.socket_path
         self._is_mqtt_ready, self._is_queue_ready = mqtt.is_ready, queue.is_ready
-        self.proxy = Proxy(mqtt.port, seed, duplicate)
+        self.proxy = Proxy(mqtt.port, seed, duplicate, wire)
         self.proxy.start()
         steps = install_models(folder / "models", self.data_dir / "models")
         kept = {key: value for key, value in os.environ.items() if not key.startswith("EDGEWARD_")}
@@ -191,14 +199,17 @@ class Cast:
             "PYTHONPATH": path,
             "EDGEWARD_DATA_DIR": str(self.data_dir),
             "EDGEWARD_DEVICE_ID": DEVICE,
+            "EDGEWARD_MQTT__HOST": self.proxy.host,
             "EDGEWARD_MQTT__PORT": str(self.proxy.port),
+            "EDGEWARD_MQTT__ALLOW_PLAIN": "true",
             "EDGEWARD_QUEUE__URL": queue.url,
             **SETTINGS,
             **(settings or {}),
         }
         program = (sys.executable, "-m", "console.entry")
+        agent = agent_argv or (*program, "agent")
         commands: dict[str, Sequence[str]] = {
-            "agent": agent_argv or (*program, "agent"),
+            "agent": agent if wire is None else wire.wrap(agent),
             "worker": (*program, "worker", "--lane", "inference", "--lane", "batch"),
             "queue": queue.argv,
             "mqtt": mqtt.argv,

@@ -30,6 +30,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.fault.chaos.jobs import (
     ChaosJob,
@@ -69,7 +70,7 @@ class _Up:
 
 
 @dataclass
-class _Records:
+class Records:
     """Which numbered records of one ledger were received."""
 
     ledger: str | None = None
@@ -135,7 +136,7 @@ class ChaosConsole(threading.Thread):
         self._inbox: SimpleQueue[_Heard | _Taken | _Up | ChaosJob] = SimpleQueue()
         self._due: list[tuple[float, int, str]] = []
         self._order = itertools.count()
-        self._records = _Records()
+        self._records = Records()
         self._next_ack = self._next_sync = 0.0
         self._is_up = threading.Event()
         self._stopping = threading.Event()
@@ -164,7 +165,11 @@ class ChaosConsole(threading.Thread):
         _properties: Properties | None,
     ) -> None:
         if not code.is_failure:
-            client.subscribe(self._d2c + "#", qos=1)
+            # What is retained comes with a new subscription, not with every connection.
+            options = SubscribeOptions(
+                qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            )
+            client.subscribe(self._d2c + "#", options=options)
             self._is_up.set()
             self._inbox.put(_Up())
 
@@ -301,7 +306,7 @@ class ChaosConsole(threading.Thread):
             self._records.ledger = ledger
             return
         self._journal.note("another ledger", ledger=ledger)
-        self._records = _Records(ledger)
+        self._records = Records(ledger)
         for job in self.jobs.values():
             if not job.has_ended:
                 job.state, job.rev = None, 0

@@ -3,8 +3,8 @@
 How a recovery is measured: right after each kill a probe, a job of the highest priority, is
 submitted; the recovery is over when its end is seen at the console. Where another fault
 happened in between, the time counts from the end of the last one: a stopped process that is
-let go, a link that is good again, another kill. `recovery_raw` counts from the kill itself,
-whatever else was broken meanwhile.
+let go, a link that is good again, another kill, a worker that a bad job has crashed.
+`recovery_raw` counts from the kill itself, whatever else was broken meanwhile.
 """
 
 import signal
@@ -139,7 +139,7 @@ class Scenario:
             self.kills,
             self.faults,
             self.probes,
-            self.disturbances,
+            self.disturbances + self._list_crashes(),
             time.monotonic() - began,
             is_quiet,
             self._count(),
@@ -149,6 +149,9 @@ class Scenario:
         """Let the checker look at what was left; the box is stopped."""
         return check(self.folder / JOURNAL, self.folder / LEDGER, is_acked=is_acked)
 
+    def _list_crashes(self) -> list[tuple[float, float]]:
+        return [(at, at) for member in self.cast.members.values() for at in member.crashes]
+
     def _count(self) -> dict[str, int]:
         proxy = self.cast.proxy.counts
         return {
@@ -156,6 +159,7 @@ class Scenario:
             "proxy_connections": proxy.connections,
             "proxy_duplicates": proxy.duplicated,
             "proxy_swallowed": proxy.swallowed,
+            "crashes": len(self._list_crashes()),
             **{f"starts_{member.name}": member.starts for member in self.cast.members.values()},
         }
 
