@@ -184,7 +184,9 @@ class Cast:
         self.folder = folder
         self.data_dir = folder / "data"
         self.ledger_path = self.data_dir / "ledger.db"
-        mqtt = prepare_mqtt_broker(folder / "mqtt", folder, kind=MqttBrokerKind.MOSQUITTO)
+        mqtt = prepare_mqtt_broker(
+            folder / "mqtt", folder, kind=MqttBrokerKind.MOSQUITTO, durable=durable_mqtt
+        )
         queue = prepare_queue_broker(folder / "queue")
         self.mqtt_port = mqtt.port
         self.queue_socket = queue.socket_path
