@@ -167,6 +167,8 @@ class Cast:
         settings: further settings, as environment variables.
         restart_s: how long a process stays down; the shipped units have 1 s.
         wire: a network of its own for the agent.
+        durable_mqtt: whether Mosquitto writes its whole store at every change. With thousands
+            of retained states that takes so long that nothing else gets done.
     """
 
     def __init__(
@@ -180,6 +182,7 @@ class Cast:
         settings: dict[str, str] | None = None,
         restart_s: float = RESTART_S,
         wire: Wire | None = None,
+        durable_mqtt: bool = True,
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "data"
