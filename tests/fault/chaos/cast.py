@@ -115,6 +115,13 @@ class Member:
         with self._lock:
             return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of its newest process."""
+        with self._lock:
+            assert self._process is not None, f"{self.name} was never started"
+            return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal; nothing where no process is there."""
         with self._lock:
