@@ -30,6 +30,13 @@ HEAD_REVISION = "0002"
 _BUSY_TIMEOUT_MS = 10_000
 # 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
 _JOURNAL_LIMIT_BYTES = 16 << 20
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_UNREADABLE = (
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+    sqlite3.SQLITE_IOERR_CORRUPTFS,
+    sqlite3.SQLITE_IOERR_DATA,
+)
 
 
 def _pragmas(synchronous: str) -> tuple[str, ...]:
@@ -101,23 +108,35 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         with engine.begin() as connection:
             yield connection
     except DatabaseError as exc:
-        raise _translate(exc.orig, exc) from exc
+        raise translate(exc.orig, exc) from exc
     except sqlite3.DatabaseError as exc:
         # From a statement of the hot path, which talks to SQLite itself.
-        raise _translate(exc, exc) from exc
+        raise translate(exc, exc) from exc
 
 
-def _translate(cause: BaseException | None, error: Exception) -> Exception:
+def translate(cause: BaseException | None, error: Exception) -> Exception:
     """Return the store's error for one of SQLite's; a defect of ours stays what it is."""
     if isinstance(cause, sqlite3.IntegrityError | sqlite3.ProgrammingError):
         return error
-    if not isinstance(cause, sqlite3.OperationalError):
+    if is_damage(cause):
         return StoreDamagedError(f"the ledger is damaged: {cause}")
-    if "full" in str(cause):
+    if is_full(cause):
         return StorageFullError(
             "the disk that holds the ledger is full: free space, and work goes on"
         )
     return StoreError(f"the ledger cannot be written: {cause}")
+
+
+def is_damage(cause: BaseException | None) -> bool:
+    """Say whether SQLite found the file's content broken, or a sector that can't be read."""
+    code = getattr(cause, "sqlite_errorcode", 0)
+    return code & 0xFF in _DAMAGE or code in _UNREADABLE
+
+
+def is_full(cause: BaseException | None) -> bool:
+    """Say whether SQLite had no room, in the file or for the memory it shares."""
+    code = getattr(cause, "sqlite_errorcode", 0)
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 
 
 def migrate(engine: Engine) -> None:
