@@ -75,7 +75,6 @@ class Image:
     def __init__(self, path: Path) -> None:
         self._fd = _open(path)
         self._wal = _open(path.with_name(f"{path.name}-wal"))
-        self.is_damaged_on_disk = False
         header = self._read(self._fd, 0, _HEADER)
         self._page_size = _find_page_size(header, self._read(self._wal, 0, _WAL_HEADER))
         self._usable = self._page_size
@@ -112,14 +111,7 @@ class Image:
         return data if len(data) == size else b""
 
     def _read(self, fd: int | None, offset: int, size: int) -> bytes:
-        if fd is None:
-            return b""
-        try:
-            return os.pread(fd, size, offset)
-        except OSError:
-            # A bad sector: that page is lost, the others are not.
-            self.is_damaged_on_disk = True
-            return b""
+        return b"" if fd is None else _read_at(fd, size, offset)
 
     def find_free_pages(self) -> set[int]:
         """Return pages that hold nothing any more; none where the first page is damaged."""
@@ -233,6 +225,14 @@ def _open(path: Path) -> int | None:
         return None
 
 
+def _read_at(fd: int, size: int, offset: int) -> bytes:
+    """Read what is there; nothing of a bad sector, so that only its page is lost."""
+    try:
+        return os.pread(fd, size, offset)
+    except OSError:
+        return b""
+
+
 def _find_page_size(header: bytes, wal_header: bytes) -> int:
     """Return the page size; SQLite's default, which the ledger has, where nothing tells it."""
     candidates = []
@@ -255,14 +255,15 @@ def _read_frames(fd: int | None, page_size: int) -> list[Frame]:
     """
     if fd is None:
         return []
-    header = os.pread(fd, _WAL_HEADER, 0)
+    header = _read_at(fd, _WAL_HEADER, 0)
     if len(header) < _WAL_HEADER:
         return []
     stride = _FRAME_HEADER + page_size
     salts, order, previous = _read_wal_header(fd, header)
     frames: list[Frame] = []
     for offset in range(_WAL_HEADER, os.fstat(fd).st_size - stride + 1, stride):
-        data = os.pread(fd, stride, offset)
+        # Of a bad sector there is nothing: zeros fit no salts.
+        data = _read_at(fd, stride, offset).ljust(stride, b"\0")
         page, commits = struct.unpack_from(">II", data)
         stored = struct.unpack_from(">II", data, 16)
         if data[8:16] == salts and page:
@@ -290,7 +291,7 @@ def _read_wal_header(fd: int, header: bytes) -> tuple[bytes, str, tuple[int, ...
     if order is not None and _sum_words(header[:24], (0, 0), order) == first:
         return salts, order, first
     native = "<" if sys.byteorder == "little" else ">"
-    return os.pread(fd, _FRAME_HEADER, _WAL_HEADER)[8:16], native, None
+    return _read_at(fd, _FRAME_HEADER, _WAL_HEADER)[8:16], native, None
 
 
 def count_lost_commits(path: Path, accepted: int) -> int:
@@ -307,14 +308,14 @@ def count_lost_commits(path: Path, accepted: int) -> int:
     if fd is None:
         return 0
     try:
-        header = os.pread(fd, _WAL_HEADER, 0)
+        header = _read_at(fd, _WAL_HEADER, 0)
         if len(header) < _WAL_HEADER:
             return 0
         size = _find_page_size(b"", header)
         salts, _, _ = _read_wal_header(fd, header)
         stride = _FRAME_HEADER + size
         behind = range(_WAL_HEADER + accepted * stride, os.fstat(fd).st_size - stride + 1, stride)
-        heads = (os.pread(fd, _FRAME_HEADER, offset) for offset in behind)
+        heads = (_read_at(fd, _FRAME_HEADER, offset) for offset in behind)
         return sum(head[8:16] == salts and head[4:8] != bytes(4) for head in heads)
     finally:
         os.close(fd)
@@ -323,7 +324,7 @@ def count_lost_commits(path: Path, accepted: int) -> int:
 def _is_older_round(fd: int, offset: int, stride: int, salts: bytes) -> bool:
     """Say whether no later frame has the salts of this round."""
     for at in range(offset, os.fstat(fd).st_size - stride + 1, stride):
-        if os.pread(fd, 16, at)[8:16] == salts:
+        if _read_at(fd, 16, at)[8:16] == salts:
             return False
     return True
 
