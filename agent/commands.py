@@ -287,8 +287,14 @@ def encode_body(body: dict[str, Any]) -> str:
 
 
 def is_same_body(one: str, other: str) -> bool:
-    """Say whether two JSON texts are the same value, whatever their spelling."""
-    return _is_equal(from_json(one or "null"), from_json(other or "null"))
+    """Say whether two JSON texts are the same value, whatever their spelling.
+
+    One that was damaged on the disk is the same as nothing.
+    """
+    try:
+        return _is_equal(from_json(one or "null"), from_json(other or "null"))
+    except ValueError:
+        return False
 
 
 def _is_equal(one: Any, other: Any) -> bool:

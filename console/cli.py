@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from console.commands import box, explain, jobs, models, services, submit
+from console.commands import box, console, diag, explain, jobs, models, services, submit
 from console.invocation import (
     CommonOptions,
     ConfigOption,
@@ -25,10 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, box, submit, explain):
+for group in (services, box, submit, explain, diag):
     group.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(console.app, name="console")
 
 
 def _print_version(*, wanted: bool) -> None:

@@ -7,6 +7,8 @@ ConsoleError
 ├── AgentDownError        what was asked needs the agent, and it does not run
 ├── JobNotFoundError      the ledger has no such job
 ├── WaitTimedOutError     what was waited for did not come in time
+├── ConsoleStoreError     the file of `edgeward console` cannot be used
+├── AlreadyListeningError another `edgeward console listen` uses the file
 ├── DemoStepError         a step of the demo did not show what it should
 └── InputFileError        a file named on the command line cannot be used as an input
     └── InlineTooLargeError   it is too large to travel inside a command
@@ -59,6 +61,18 @@ class WaitTimedOutError(ConsoleError):
 
     code = "wait_timed_out"
     retryable = True
+
+
+class ConsoleStoreError(ConsoleError):
+    """The file that `edgeward console` was given is missing, or none that it can use."""
+
+    code = "bad_console_store"
+
+
+class AlreadyListeningError(ConsoleError):
+    """Another `edgeward console listen` uses the same file."""
+
+    code = "already_listening"
 
 
 class DemoStepError(ConsoleError):

@@ -8,7 +8,7 @@
     5  a job ended, but not as asked: a submit did not succeed, a cancel came too late
     6  timed out waiting; what was asked may still happen
     7  the agent does not run
-    8  busy: another process holds the data folder or the model repository; try again
+    8  busy: another process holds the data folder, the model repository or the console's store
     130  interrupted by Ctrl-C
 
 Owns the table from errors to codes and nothing else.
@@ -29,6 +29,7 @@ from agent.errors import (
 )
 from console.errors import (
     AgentDownError,
+    AlreadyListeningError,
     AlreadyUpError,
     BrokerMissingError,
     ConsoleError,
@@ -67,6 +68,7 @@ EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
         BrokerMissingError: Exit.BROKER,
         WaitTimedOutError: Exit.TIMED_OUT,
         AgentDownError: Exit.AGENT_DOWN,
+        AlreadyListeningError: Exit.BUSY,
         AlreadyUpError: Exit.BUSY,
         RepositoryBusyError: Exit.BUSY,
     }

@@ -137,13 +137,16 @@ def command(
     """Register a function as a command of `app`.
 
     The function's first parameter receives the `Invocation`; the common options are
-    added to its own, and its expected errors become a line and an exit code.
+    added to its own (one of the same name stands for itself), and its expected errors
+    become a line and an exit code.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = set(inspect.signature(function).parameters)
+
         @wraps(function)
         def run(context: typer.Context, **given: Any) -> None:
-            options = CommonOptions(**{key: given.pop(key) for key in _COMMON})
+            options = CommonOptions(**{key: given.pop(key) for key in _COMMON if key not in own})
             invocation = Invocation(options.over(context.obj or CommonOptions()))
             _guard(invocation.out, lambda: function(invocation, **given))
 
@@ -163,6 +166,7 @@ def _declare_common(run: Callable[..., None], function: Callable[..., None]) -> 
     parameters += [
         inspect.Parameter(key, keyword, default=default, annotation=annotation)
         for key, (annotation, default) in _COMMON.items()
+        if key not in {item.name for item in own}
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {item.name: item.annotation for item in parameters}

@@ -55,6 +55,9 @@ log = logging.getLogger(__name__)
 # A bundle should not hold a worker's thread much longer, so that urgent work gets its turn.
 _BUNDLE_TARGET_MS = 250.0
 _CHECK_PERIOD_S = 1.0
+# A closed window is looked at again so often: the wall clock may be set meanwhile, and where
+# daylight saving begins, an opening comes an hour sooner than it seemed.
+_WINDOW_RECHECK_S = 300.0
 _IDLE_CHECK_S = 3.0
 # So many tasks keep the workers of a lane busy until the next turn.
 _FED = 4
@@ -229,7 +232,7 @@ class Dispatcher(threading.Thread):
         if window is None:
             return 0.0
         closed = find_closed(window, self._local_time(), self._view_box())
-        return closed.wait_s if closed else 0.0
+        return min(closed.wait_s, _WINDOW_RECHECK_S) if closed else 0.0
 
     def _local_time(self) -> datetime:
         # Windows are in the local time of the people near the box.

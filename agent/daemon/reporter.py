@@ -79,6 +79,8 @@ class Reporter:
         self._resend_upto = 0
         self._boot = 0
         self._acked = 0
+        self._heard: ConsoleNews | None = None
+        """What this turn's transaction took in of the console; memory follows in `settle`."""
         self._console_acks = self._mode == "console"
         self.counts = OutboxCounts()
         self.has_more = False
@@ -146,23 +148,22 @@ class Reporter:
         return len(seqs)
 
     def hear(self, tx: Connection, news: ConsoleNews) -> None:
-        """Act on what a console acknowledges or misses.
+        """Write what a console acknowledges; then `settle`, which also sends again what it misses.
 
         A number that was never given is not believed: it is another ledger's.
         """
+        # A turn that failed is run again, and must find all of this to do again.
+        self._heard = None
         acked = news.acked_seq
         if acked is None or self._mode == "broker" or acked > self._last_seq:
             return
         if not self._console_acks:
-            self._console_acks = True
             save_fact(tx, CONSOLE_ACKS, "1")
         if acked > self._acked:
             outbox.delete_upto(tx, acked)
             outbox.save_counter(tx, _ACKED, acked)
-            self._acked = acked
             reach("outbox.forgotten")
-        if news.replay_after is not None and self._conn is not None:
-            self._replay(news.replay_after)
+        self._heard = news
 
     def _replay(self, after: int) -> None:
         """Send again what the console does not have; what is being sent again goes on."""
@@ -179,14 +180,22 @@ class Reporter:
         for ack in acks:
             if ack.conn == self._conn:
                 self._in_flight.pop(ack.mid, None)
-        if selected.last_seq is None:
-            return
+        if selected.last_seq is not None:
+            self._settle_selected(selected, selected.last_seq)
+        heard, self._heard = self._heard, None
+        if heard is not None:
+            self._console_acks = True
+            self._acked = max(self._acked, heard.acked_seq or 0)
+            if heard.replay_after is not None and self._conn is not None:
+                self._replay(heard.replay_after)
+
+    def _settle_selected(self, selected: Selected, last_seq: int) -> None:
         records = selected.records
         if records and records[-1].seq is not None and records[-1].seq <= self._last_seq:
             self._resend_after = records[-1].seq
             self.counts.republished += len(records)
             self.has_more = True
-        self._last_seq = selected.last_seq
+        self._last_seq = last_seq
 
     def select(self, tx: Connection, waiting_jobs: int, freed: int) -> Selected:
         """Return the next records to publish, numbered in this transaction.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ _UNREADABLE = (
 )
 
 
+# A flipped bit may leave text that is no UTF-8. Whoever reads it must see that it is damaged, not
+# fail: a turn of the writer that fails is tried again, for ever. (A partial of a type: no Python
+# frame for each value.)
+_READ_TEXT = partial(str, encoding="utf-8", errors="replace")
+
+
 def _pragmas(synchronous: str, disk_bytes: int) -> tuple[str, ...]:
     log_bytes = max(disk_bytes // _WAL_SHARE, _CHECKPOINT_PAGES_MIN * _PAGE_BYTES)
     return (
@@ -77,6 +84,7 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
     @event.listens_for(engine, "connect")
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None
+        connection.text_factory = _READ_TEXT
         for pragma in pragmas:
             connection.execute(pragma)
 
@@ -103,6 +111,7 @@ def open_reader(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.text_factory = _READ_TEXT
         connection.execute("PRAGMA query_only=ON")
 
     return engine

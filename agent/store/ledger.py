@@ -214,7 +214,7 @@ class Ledger:
         known = {row["job_id"]: row for row in read_jobs(tx, [job.job_id for job in jobs])}
         accepted = Accepted([])
         rows: list[Row] = []
-        again: dict[str, Row] = {}
+        again: set[str] = set()
         events: list[dict[str, object]] = []
         for job in jobs:
             row = known.get(job.job_id)
@@ -223,19 +223,20 @@ class Ledger:
                     # It may meet a job of this very batch.
                     self._insert(tx, rows, now_ms)
                     rows.clear()
-                    job = self._deduplicate(tx, job, accepted)
+                    job = self._deduplicate(tx, job, known, accepted)
                 known[job.job_id] = row = self._new_row(job, now_ms)
                 rows.append(row)
                 dropped = job.reason is not None and job.reason.code == "dedupe_dropped"
                 accepted.verdicts.append(Verdict.DROPPED if dropped else Verdict.ACCEPTED)
             elif self._is_same(tx, row, job):
-                again[job.job_id] = row
+                again.add(job.job_id)
                 accepted.verdicts.append(Verdict.DUPLICATE)
             else:
                 events.append(self._conflict(job, row, now_ms))
                 accepted.verdicts.append(Verdict.CONFLICT)
         self._insert(tx, rows, now_ms)
-        self._report_again(tx, again.values(), with_results)
+        # Last: a job of this batch may have ended one that was met before it.
+        self._report_again(tx, [known[job_id] for job_id in sorted(again)], with_results)
         outbox.add_records(tx, events)
         return accepted
 
@@ -248,8 +249,13 @@ class Ledger:
         known = row.get("body") or tx.execute(query).scalar()
         return bool(known and job.body) and is_same_body(str(known), job.body)
 
-    def _deduplicate(self, tx: Connection, job: NewJob, accepted: Accepted) -> NewJob:
-        """Apply a job's `dedupe` policy to the open jobs of its key; return what it became."""
+    def _deduplicate(
+        self, tx: Connection, job: NewJob, known: dict[str, Row], accepted: Accepted
+    ) -> NewJob:
+        """Apply a job's `dedupe` policy to the open jobs of its key; return what it became.
+
+        Jobs that end by it are brought up to date in `known`.
+        """
         if job.dedupe == "run_all":
             return job
         query = select(JOBS.c.job_id).where(
@@ -266,6 +272,7 @@ class Ledger:
             if row["state"] == JobState.QUEUED:
                 changes.move(row, JobState.CANCELED, reason, self._clock.wall_ms())
         accepted.ended.extend(changes.write(tx))
+        known.update({row["job_id"]: row for row in others})
         return job
 
     def _new_row(self, job: NewJob, now_ms: int) -> Row:
@@ -380,7 +387,8 @@ class Ledger:
         """Take note of how far the current attempt of a job is, and report it."""
         now_ms = self._clock.wall_ms()
         for row in read_jobs(tx, [job_id]):
-            if row["state"] in ENDS or row["attempt"] != attempt:
+            # Without a task the attempt is over, and the job waits for its next one.
+            if row["state"] in ENDS or row["attempt"] != attempt or row["task_id"] is None:
                 return
             if row["state"] == JobState.QUEUED:
                 changes = Changes(self._topics)
@@ -417,8 +425,13 @@ class Ledger:
     def _try_again(self, changes: Changes, row: Row, outcome: Outcome) -> bool:
         """Queue a job again after an error worth it; say whether there is another attempt."""
         options = read_options(row["options"])
+        if options.on_error == "fail":
+            return False
+        if row["task_id"] is None:
+            # This attempt was counted before: it was given up as lost, or is reported twice.
+            return True
         used = row["failures"] + row["interruptions"] + 1
-        if options.on_error == "fail" or used >= row["max_attempts"]:
+        if used >= row["max_attempts"]:
             return False
         row["failures"] += 1
         row["task_id"] = None
@@ -484,6 +497,11 @@ class Ledger:
             self._requeue(changes, row, reason)
         return changes.write(tx)
 
+    def _interrupt(self, changes: Changes, row: Row, reason: Reason) -> None:
+        row["task_id"] = None
+        row["interruptions"] += 1
+        self._requeue(changes, row, reason)
+
     def _requeue(self, changes: Changes, row: Row, reason: Reason) -> None:
         now_ms = self._clock.wall_ms()
         used = row["interruptions"] + row["failures"]
@@ -506,7 +524,8 @@ class Ledger:
         """Count a crash for the jobs that ran and for their model version.
 
         The jobs' attempts may be over already, given up as lost: a crash counts
-        once for each attempt all the same.
+        once for each attempt all the same. Jobs that the task carried beside them
+        are tried again.
         """
         attempts = dict(crash.jobs)
         changes = Changes(self._topics)
@@ -523,10 +542,12 @@ class Ledger:
                 row["task_id"] = None
                 changes.move(row, JobState.FAILED, Reason("poison_job", text), now_ms)
             elif row["task_id"] == crash.task_id:
-                row["task_id"] = None
-                row["interruptions"] += 1
                 text = f"its worker crashed: {crash.signal}"
-                self._requeue(changes, row, Reason("worker_crashed", text))
+                self._interrupt(changes, row, Reason("worker_crashed", text))
+        for row in read_task_jobs(tx, [crash.task_id]):
+            if row["job_id"] not in attempts:
+                text = f"its worker crashed on another job: {crash.signal}"
+                self._interrupt(changes, row, Reason("worker_lost", text))
         if crash.version is not None:
             self._count_crash(tx, crash, crash.version, now_ms)
         return changes.write(tx)

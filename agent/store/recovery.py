@@ -76,6 +76,8 @@ class Recovery:
     pages: int
     damaged_pages: tuple[tuple[int, int], ...]
     """First and last of each run of pages that could not be read whole; 200 runs at most."""
+    seq: int
+    """No number up to this one will come from the new ledger."""
     lean: bool
     """For want of room, inputs and results of ended jobs and heartbeats were left behind."""
     duration_ms: int
@@ -302,6 +304,7 @@ def recover_ledger(
             lost_jobs=tuple(found.lost_jobs[:_LISTED]),
             pages=found.pages,
             damaged_pages=tuple(_find_runs(found.damaged_pages))[:_LISTED],
+            seq=found.seq,
             lean=lean,
             duration_ms=round((time.monotonic() - started) * 1000),
         )

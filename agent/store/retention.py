@@ -130,7 +130,13 @@ class Retention:
         done_ms = read_counter(tx, _STRIPPED)
         query = (
             select(JOBS.c.seq, JOBS.c.ended_ms)
-            .where(JOBS.c.ended_ms > done_ms, JOBS.c.ended_ms < before_ms)
+            .where(
+                JOBS.c.ended_ms > done_ms,
+                JOBS.c.ended_ms < before_ms,
+                # Without this more jobs than `limit` that ended in one millisecond (a whole batch
+                # that expired) would hold up all the others for ever.
+                (JOBS.c.body != "") | JOBS.c.result.is_not(None),
+            )
             .order_by(JOBS.c.ended_ms)
             .limit(limit)
         )

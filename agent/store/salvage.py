@@ -56,6 +56,8 @@ class Salvage:
     """Rows in the new ledger, by table."""
     lost_jobs: list[str] = field(default_factory=list)
     """Ids of jobs that history, reports or an index name, without their row."""
+    seq: int = 0
+    """The last number on the wire, and a step more for what was lost."""
     pages: int = 0
     damaged_pages: list[int] = field(default_factory=list)
 
@@ -92,7 +94,7 @@ def save_rows(
         found.damaged_pages = [page for page in found.damaged_pages if page not in used]
         _follow_history(target)
         _complete_history(target)
-        _raise_counters(target, rows.last_seq, rows.newest_id)
+        found.seq = _raise_counters(target, rows.last_seq, rows.newest_id)
         found.lost_jobs = _find_lost(target)
         found.kept = {
             name: int(target.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0])
@@ -377,7 +379,7 @@ def _complete_history(target: sqlite3.Connection) -> None:
     target.execute("DELETE FROM transitions WHERE job_id NOT IN (SELECT job_id FROM jobs)")
 
 
-def _raise_counters(target: sqlite3.Connection, last_seq: int, newest_id: str) -> None:
+def _raise_counters(target: sqlite3.Connection, last_seq: int, newest_id: str) -> int:
     known = dict(target.execute("SELECT name, value FROM counters").fetchall())
     made_ms = ULID.from_str(newest_id).milliseconds if newest_id else 0
     wanted = {"newest_id_ms": max(known.get("newest_id_ms", 0), made_ms)}
@@ -389,6 +391,7 @@ def _raise_counters(target: sqlite3.Connection, last_seq: int, newest_id: str) -
     # What was acknowledged was acknowledged to the ledger that is no more.
     target.execute("DELETE FROM counters WHERE name = 'acked'")
     target.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?)", wanted.items())
+    return int(wanted["seq"])
 
 
 def _find_lost(target: sqlite3.Connection) -> list[str]:

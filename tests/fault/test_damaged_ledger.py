@@ -197,9 +197,10 @@ def test_counters_never_go_back(sound: Path, tmp_path: Path) -> None:
     for damaged in (place, 1):
         path = copy(sound, tmp_path / "box")
         overwrite(path, (damaged - 1) * 4096, bytes(4096))
-        recover_ledger(path, "test")
+        recovery = recover_ledger(path, "test")
         after = dict(read_rows(path, "SELECT name, value FROM counters"))
         assert all(after[name] >= before[name] + 1000 for name in ("seq", "boot", "conn"))
+        assert after["seq"] == recovery.seq
         assert "acked" not in after
 
 
@@ -502,6 +503,15 @@ def test_whole_check_clears_a_suspicion_and_finds_damage(sound: Path, tmp_path: 
     place = max(n for n, page in pages.items() if (page.table, page.kind) == ("jobs", "leaf"))
     overwrite(path, (place - 1) * 4096, bytes(4096))
     assert check_whole(path) is not None
+
+
+def test_job_with_a_flipped_bit_is_kept_for_its_hash_to_tell(sound: Path, tmp_path: Path) -> None:
+    path = copy(sound, tmp_path / "box")
+    at = path.read_bytes().index(b'"input":"xxx') + 10
+    overwrite(path, at, b"\xf8")
+    recover_ledger(path, "test")
+    assert read_ids(path) == read_ids(sound)
+    assert read_rows(path, "SELECT count(*) FROM jobs WHERE body LIKE '%\ufffd%'") == [(1,)]
 
 
 def test_second_agent_on_a_ledger_is_refused(tmp_path: Path) -> None:

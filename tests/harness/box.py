@@ -154,6 +154,11 @@ class Box:
         write_tiny_model(folder / "model")
         ModelRepository(self.data_dir / "models").add(folder / "model")
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Its settings, as environment variables."""
+        return dict(self._env)
+
     def start(self, name: str, **environment: str) -> None:
         """Start `agent` or `worker`."""
         commands: dict[str, Sequence[str]] = {

@@ -1,94 +1,17 @@
 """The ledger's rules, on a real SQLite file; each test names the rule it proves."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection
 
 from agent.commands import new_id
-from agent.jobs import JobState, Lane, Reason, Source
+from agent.jobs import JobState, Lane, Source
 from agent.store import outbox
-from agent.store.database import migrate, open_engine, transaction
-from agent.store.ledger import Ledger, NewJob, Outcome, Verdict
-from agent.topics import Topics
-from tests.harness.clocks import FakeClock
-
-BODY = '{"model":"digits"}'
-FAR_FUTURE_MS = 2**60
-BACK_OFF_MS = 300_000
-
-
-class Store:
-    """A ledger on disk and a clock to turn."""
-
-    def __init__(self, path: Path) -> None:
-        self.clock = FakeClock()
-        self.engine: Engine = open_engine(path)
-        migrate(self.engine)
-        self.ledger = Ledger(Topics("dev"), self.clock)
-
-    def run(self, call: Callable[[Connection], Any]) -> Any:
-        with transaction(self.engine) as tx:
-            return call(tx)
-
-    def accept(self, **changes: Any) -> str:
-        job_id: str = changes.pop("job_id", None) or new_id()
-        job = make_job(job_id, **changes)
-        self.run(lambda tx: self.ledger.accept(tx, [job]))
-        return job_id
-
-    def dispatch(self, task_id: str = "task-1") -> list[str]:
-        """Put every ready job into one task."""
-
-        def assign(tx: Connection) -> list[str]:
-            ready = self.ledger.schedule.find_ready(tx, Lane.INFERENCE, 100)
-            self.ledger.schedule.assign(tx, [(task_id, ready)])
-            return [job.job_id for job in ready]
-
-        return list(self.run(assign))
-
-    def finish(self, job_id: str, attempt: int = 1, state: JobState = JobState.SUCCEEDED) -> int:
-        outcome = Outcome(
-            job_id,
-            attempt,
-            state,
-            Reason("ok"),
-            self.clock.wall,
-            self.clock.wall + 5,
-            {"output": 1},
-        )
-        return len(self.run(lambda tx: self.ledger.record_outcomes(tx, [outcome])))
-
-    def requeue(self, task_id: str, *, counts: bool = True) -> None:
-        reason = Reason("worker_lost", "gone")
-        self.run(lambda tx: self.ledger.requeue(tx, [task_id], reason, counts=counts))
-
-    def job(self, job_id: str) -> Any:
-        query = text("SELECT * FROM jobs WHERE job_id = :id")
-        return self.run(lambda tx: tx.execute(query, {"id": job_id}).mappings().one())
-
-    def history(self, job_id: str) -> list[tuple[int, str]]:
-        query = text("SELECT rev, state FROM transitions WHERE job_id = :id ORDER BY rev")
-        return [tuple(row) for row in self.run(lambda tx: tx.execute(query, {"id": job_id}).all())]
-
-    def reports(self) -> list[tuple[str, dict[str, Any]]]:
-        query = text("SELECT kind, body FROM outbox ORDER BY id")
-        rows = self.run(lambda tx: tx.execute(query).all())
-        return [(kind, json.loads(body)) for kind, body in rows]
-
-    def take(self, limit: int = 100) -> list[outbox.Record]:
-        records: list[outbox.Record] = self.run(
-            lambda tx: outbox.take_unsent(tx, limit, FAR_FUTURE_MS)
-        )
-        return records
-
-
-def make_job(job_id: str, **changes: Any) -> NewJob:
-    job = NewJob(job_id, Source.MQTT, BODY, "hash-1", "infer", Lane.INFERENCE, "digits")
-    return job._replace(**changes)
+from agent.store.database import transaction
+from agent.store.ledger import Verdict
+from tests.harness.ledger import BACK_OFF_MS, BODY, Store, make_job
 
 
 @pytest.fixture
