@@ -26,6 +26,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlmodel import SQLModel
 
 from agent.errors import StorageFullError, StoreDamagedError, StoreError
+from agent.store import tables  # noqa: F401 (its classes are the schema)
 
 log = logging.getLogger(__name__)
 
