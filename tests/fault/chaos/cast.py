@@ -129,9 +129,14 @@ class Member:
                 self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it as a power cut would; waits for a process to kill."""
+        """End it as a power cut would; waits for a process to kill, and for its end."""
         wait_until(lambda: self.is_alive, _ALIVE_LIMIT_S, f"{self.name} runs")
-        self.send(signal.SIGKILL)
+        with self._lock:
+            process = self._process
+        assert process is not None
+        process.kill()
+        # Otherwise a second kill at once would hit the same process, and count as another.
+        process.wait(_STOP_LIMIT_S)
 
     def hold(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it and keep it down until `start`."""
