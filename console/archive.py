@@ -41,7 +41,7 @@ _TABLES = (
         command TEXT, cancel TEXT, asked_ms INTEGER, state TEXT, rev INTEGER NOT NULL DEFAULT 0,
         attempt INTEGER NOT NULL DEFAULT 0, reason TEXT, result TEXT, progress TEXT,
         reported_ms INTEGER, received_ms INTEGER, heard_ms INTEGER,
-        is_stale INTEGER NOT NULL DEFAULT 0, spans_ledgers INTEGER NOT NULL DEFAULT 0,
+        is_stale INTEGER NOT NULL DEFAULT 0, has_doubtful_rev INTEGER NOT NULL DEFAULT 0,
         is_open INTEGER NOT NULL DEFAULT 1, UNIQUE (device, job_id)
     )""",
     "CREATE INDEX ix_jobs_open ON jobs (device) WHERE is_open = 1",
@@ -55,17 +55,17 @@ _TABLES = (
 )
 _SAVE_JOB = """
     INSERT INTO jobs (device, job_id, state, rev, attempt, reason, result, progress, reported_ms,
-                      received_ms, heard_ms, is_stale, spans_ledgers, is_open)
+                      received_ms, heard_ms, is_stale, has_doubtful_rev, is_open)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (device, job_id) DO UPDATE SET
         state = excluded.state, rev = excluded.rev, attempt = excluded.attempt,
         reason = excluded.reason, result = COALESCE(excluded.result, result),
         progress = excluded.progress, reported_ms = excluded.reported_ms,
         received_ms = excluded.received_ms, heard_ms = excluded.heard_ms,
-        is_stale = excluded.is_stale, spans_ledgers = excluded.spans_ledgers,
+        is_stale = excluded.is_stale, has_doubtful_rev = excluded.has_doubtful_rev,
         is_open = excluded.is_open"""
 _FOUND = """job_id, state, rev, attempt, reason, result IS NOT NULL AS has_result, reported_ms,
-            received_ms, is_stale, spans_ledgers, progress, command, cancel, shown"""
+            received_ms, is_stale, has_doubtful_rev, progress, command, cancel, shown"""
 _EVENTS = ("event", "ledger", "lost", "unreadable")
 _IS_THERE: dict[str, Any] = {"kept": True}
 """Stands for a result that is in the file: nobody needs it in memory."""
@@ -308,7 +308,7 @@ def _save_many(tx: Connection, statement: str, rows: list[tuple[Any, ...]]) -> N
 def _begin_anew(tx: Connection, device: str) -> None:
     """Let the states of a device's new ledger count, also after a restart of this console."""
     tx.exec_driver_sql(
-        "UPDATE jobs SET rev = 0, spans_ledgers = 1 WHERE device = ? AND is_open = 1 "
+        "UPDATE jobs SET rev = 0, has_doubtful_rev = 1 WHERE device = ? AND is_open = 1 "
         "AND reported_ms IS NULL",
         (device,),
     )
@@ -341,7 +341,7 @@ def _list_jobs(
                 job.received_ms,
                 now_ms,
                 job.is_stale,
-                job.spans_ledgers,
+                job.has_doubtful_rev,
                 not job.is_complete,
             )
         )
@@ -398,7 +398,7 @@ def _to_view(row: Mapping[Any, Any], now_s: float) -> JobView:
         row["received_ms"],
         now_s,
         bool(row["is_stale"]),
-        bool(row["spans_ledgers"]),
+        bool(row["has_doubtful_rev"]),
     )
 
 

@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from agent.config import Settings
 from console.broker_checks import MqttTarget, check_mqtt, check_queue
 from platforms.detect import detect_platform
 from platforms.preflight import Check, CheckStatus, check_platform
@@ -54,6 +55,23 @@ class DoctorReport:
             "checks": [asdict(check) for check in self.checks],
             "platform": self.spec.to_json(),
         }
+
+
+def choose_targets(settings: Settings) -> DoctorTargets:
+    """Return what of a box with these settings is to be examined."""
+    wanted = settings.mqtt
+    target = MqttTarget(
+        host=wanted.host,
+        port=wanted.port,
+        tls=wanted.tls,
+        username=wanted.username,
+        password=settings.password(),
+        ca_file=wanted.ca_file,
+        cert_file=wanted.cert_file,
+        key_file=wanted.key_file,
+        device_id=settings.device_id,
+    )
+    return DoctorTargets(settings.data_dir, settings.queue_url, target if wanted.enabled else None)
 
 
 def collect(targets: DoctorTargets) -> DoctorReport:

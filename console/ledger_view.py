@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Select, func, select
 from agent.config import Settings
 from agent.jobs import ENDS, JobState
 from agent.store.database import open_reader, transaction
+from agent.store.facts import CONSOLE_ACKS, read_fact
 from agent.store.tables import Job, OutboxRecord, Transition
 from console.errors import JobNotFoundError
 
@@ -101,13 +102,24 @@ class LedgerView:
 
     def count_ahead(self, job: Row) -> int:
         """Return how many jobs of a queued job's lane are dispatched before it."""
-        sooner = (_JOBS.c.urgency < job["urgency"]) | (
-            (_JOBS.c.urgency == job["urgency"]) & (_JOBS.c.seq < job["seq"])
+        sooner = (_JOBS.c.due_ms < job["due_ms"]) | (
+            (_JOBS.c.due_ms == job["due_ms"]) & (_JOBS.c.seq < job["seq"])
         )
         query = select(func.count()).where(
             _JOBS.c.state == JobState.QUEUED.value, _JOBS.c.lane == job["lane"], sooner
         )
         return self._count(query)
+
+    def list_reports(self, job_id: str) -> list[Row]:
+        """Return a job's records that wait for the console: kind, number, time of making."""
+        columns = (_OUTBOX.c[name] for name in ("kind", "seq", "created_ms"))
+        query = select(*columns).where(_OUTBOX.c.job_id == job_id)
+        return self._read(query.order_by(_OUTBOX.c.id))
+
+    def has_acknowledging_console(self) -> bool:
+        """Say whether a console has ever acknowledged a record of this ledger."""
+        with transaction(self._engine) as tx:
+            return read_fact(tx, CONSOLE_ACKS) is not None
 
     def count_unreported(self) -> int:
         """Return how many records wait for the console."""

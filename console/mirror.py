@@ -47,6 +47,8 @@ _FIRST_ASK_S = 5.0
 _LONGEST_ASK_S = 300.0
 _ASKS = 3
 """So often the device must have begun its replay behind a hole before the hole is given up."""
+_ON_ITS_WAY_S = 1.0
+"""A command that went out so short ago is not sent again because the device says something."""
 _REBIRTH_AFTER_S = 2.0
 _LONGEST_REBIRTH_S = 900.0
 _AWAY = ("offline", "stopped")
@@ -71,8 +73,8 @@ class JobView:
     """When something was last heard of it, on the owner's monotonic clock."""
     is_stale: bool = False
     """Nothing was heard of it for long. Says nothing about its state."""
-    spans_ledgers: bool = False
-    """The device's ledger changed while it was open: an end counts then whatever its `rev`."""
+    has_doubtful_rev: bool = False
+    """Its `rev` may be one of a ledger that is lost: an end counts then whatever its `rev`."""
 
     @property
     def has_ended(self) -> bool:
@@ -313,7 +315,7 @@ class DeviceMirror:
         known.state, (known.boot, known.conn) = state, place
         self.is_changed = True
         if came_back:
-            self._queue.hurry()
+            self._queue.hurry(now_s - _ON_ITS_WAY_S)
         return [*changes, self._change("status", body=dict(document))]
 
     def _meet_ledger(self, ledger: object, now_s: float) -> list[Change]:
@@ -334,7 +336,7 @@ class DeviceMirror:
         self.device.boot = self.device.conn = 0
         for job in self.jobs.values():
             if not job.has_ended:
-                job.rev, job.spans_ledgers = 0, True
+                job.rev, job.has_doubtful_rev = 0, True
                 self._send_again(job)
         return [self._change("ledger", body={"ledger": ledger, "before": known})]
 
@@ -358,6 +360,8 @@ class DeviceMirror:
             return fresh
         job.rev, job.state, job.attempt = rev, state, int(body.get("attempt", 0))
         job.reason = body.get("reason")
+        if not self._is_present(heard):
+            job.has_doubtful_rev = True
         if state in ENDS:
             job.reported_ms, job.received_ms = reported_ms, wall_ms
         return [self._change("state", heard, job=replace(job))]
@@ -390,10 +394,12 @@ class DeviceMirror:
     def _hear_snapshot(self, heard: Heard, now_s: float) -> list[Change]:
         body = _body(heard)
         changes = self._meet_ledger(body.get("ledger"), now_s) if heard.kind == "info" else []
-        if getattr(self.device, heard.kind) == body:
+        is_historic = heard.document.get("hist") is True
+        if getattr(self.device, heard.kind) == body and not is_historic:
             return changes
-        setattr(self.device, heard.kind, body)
-        self.is_changed = True
+        if not is_historic:
+            setattr(self.device, heard.kind, body)
+            self.is_changed = True
         return [*changes, self._change(heard.kind, heard)]
 
     def _find_job(self, job_id: str, now_s: float) -> JobView | None:
@@ -417,10 +423,13 @@ class DeviceMirror:
         A record does not name its ledger; its `boot` tells those of another one apart. What
         is not counted here for that reason comes again, because it is not acknowledged.
         """
-        seq, boot = heard.document.get("seq"), heard.document.get("boot")
-        if heard.is_retained or not isinstance(seq, int) or seq < 1:
-            return None
-        return seq if boot is None or self.device.boot in (0, boot) else None
+        seq = heard.document.get("seq")
+        return seq if isinstance(seq, int) and seq >= 1 and self._is_present(heard) else None
+
+    def _is_present(self, heard: Heard) -> bool:
+        """Say whether a report is surely one of the device's present ledger."""
+        boot = heard.document.get("boot")
+        return not heard.is_retained and (boot is None or self.device.boot in (0, boot))
 
     def _count_record(self, heard: Heard) -> None:
         """Count a record's number once the record has been taken in."""
@@ -458,7 +467,7 @@ class DeviceMirror:
         for job_id in listed:
             if job_id in self.jobs:
                 changes += self._freshen(self.jobs[job_id], now_s)
-        self._queue.hurry()
+        self._queue.hurry(now_s - _ON_ITS_WAY_S)
         return changes
 
     def _hear_highest(self, body: Document) -> list[Change]:
@@ -509,7 +518,7 @@ class DeviceMirror:
                 if job.has_ended or job.rev == listed[job_id]:
                     continue
                 # Lower there than here: perhaps a ledger from a backup, whose ends must count.
-                job.spans_ledgers = job.spans_ledgers or listed[job_id] < job.rev
+                job.has_doubtful_rev = job.has_doubtful_rev or listed[job_id] < job.rev
                 unknown.append(job_id)
             elif not job.is_complete and (is_whole or job.state is None or job.has_ended):
                 self._sort_out(job, missing, unknown)
@@ -549,12 +558,17 @@ class DeviceMirror:
             sent.append(Outgoing(topic, item.command.payload, expiry_s))
         return sent
 
-    def _build_ack(self, now_s: float) -> list[Outgoing]:
+    def take_last(self, now_s: float) -> list[Outgoing]:
+        """Return the acknowledgement that is still owed, at once: this console is about to go."""
+        return self._build_ack(now_s, at_once=True) if self._acknowledges else []
+
+    def _build_ack(self, now_s: float, *, at_once: bool = False) -> list[Outgoing]:
         fresh = self._committed - self._acked
         # A device that is away asks with its next sync.
         if fresh <= 0 or self.is_away:
             return []
-        if fresh < ACK_EVERY_RECORDS and now_s - self._acked_s < ACK_EVERY_S:
+        is_soon = fresh < ACK_EVERY_RECORDS and now_s - self._acked_s < ACK_EVERY_S
+        if is_soon and not at_once:
             return []
         self._acked, self._acked_s = self._committed, now_s
         ledger = {} if self.device.ledger is None else {"ledger": self.device.ledger}
@@ -642,7 +656,7 @@ def _counts(job: JobView, state: JobState, rev: int) -> bool:
     """Say whether a reported state is newer than what is known."""
     if job.has_ended:
         return False
-    if state in ENDS and job.spans_ledgers:
+    if state in ENDS and job.has_doubtful_rev:
         return True
     return rev > job.rev
 

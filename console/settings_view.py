@@ -5,7 +5,6 @@ Owns the masking of secrets: a password never leaves here, not even inside a URL
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ from agent.config import (
     Settings,
     read_config,
 )
-
-MASK = "********"
-_URL_PASSWORD = re.compile(r"(?<=:)[^:@/]+(?=@)")
+from console.secrecy import MASK, mask_url
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def mask(value: Any) -> Any:
     if isinstance(value, SecretStr):
         return MASK
     if isinstance(value, str):
-        return _URL_PASSWORD.sub(MASK, value) if "://" in value else value
+        return mask_url(value)
     if isinstance(value, tuple | list):
         return [mask(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import SystemClock, format_ms
-from agent.commands import CANCEL, SUBMIT, VERSION, encode, new_id
+from agent.commands import CANCEL, SUBMIT, TRUST, VERSION, encode, new_id
 from console.errors import InlineTooLargeError, InputFileError
 
 INLINE_BYTES = 190 * 1024
@@ -65,6 +65,11 @@ def build_submit(wanted: Wanted, given: dict[str, Any], shown: str = "") -> Comm
 def build_cancel(job_id: str) -> Command:
     """Return the command that cancels a job."""
     return Command(job_id, wrap(CANCEL, {"job_id": job_id}))
+
+
+def build_trust(model: str, version: str) -> Command:
+    """Return the command that lets a model version out of quarantine."""
+    return Command(new_id(), wrap(TRUST, {"model": model, "version": version}))
 
 
 def wrap(kind: str, body: dict[str, Any]) -> str:

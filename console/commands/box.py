@@ -12,7 +12,6 @@ from console.output import build_facts, build_table
 if TYPE_CHECKING:
     from agent.config import Settings
     from console.boxstate import BoxStatus
-    from console.doctor import DoctorTargets
 
 config_app = typer.Typer(help="Settings of this box.", no_args_is_help=True)
 _PANEL_UNKNOWN = "unknown"
@@ -104,9 +103,9 @@ def _word_resources(resources: dict[str, Any]) -> str:
 
 def examine(call: Invocation) -> None:
     """Examine this box, its runtimes and its brokers, and say what to do."""
-    from console.doctor import collect, print_report
+    from console.doctor import choose_targets, collect, print_report
 
-    targets = _choose_targets(call.box_settings)
+    targets = choose_targets(call.box_settings)
     with call.out.spinner("examining this box"):
         report = collect(targets)
     if call.out.as_json:
@@ -114,25 +113,6 @@ def examine(call: Invocation) -> None:
     else:
         print_report(report)
     end_with(Exit.ERROR if report.exit_code else Exit.OK)
-
-
-def _choose_targets(settings: "Settings") -> "DoctorTargets":
-    from console.broker_checks import MqttTarget
-    from console.doctor import DoctorTargets
-
-    wanted = settings.mqtt
-    target = MqttTarget(
-        host=wanted.host,
-        port=wanted.port,
-        tls=wanted.tls,
-        username=wanted.username,
-        password=settings.password(),
-        ca_file=wanted.ca_file,
-        cert_file=wanted.cert_file,
-        key_file=wanted.key_file,
-        device_id=settings.device_id,
-    )
-    return DoctorTargets(settings.data_dir, settings.queue_url, target if wanted.enabled else None)
 
 
 def show_config(call: Invocation) -> None:

@@ -97,20 +97,24 @@ def _render_model(facts: dict[str, Any], selection: "Selection") -> Any:
 def explain_job_state(
     call: Invocation, job_id: Annotated[str, typer.Argument(metavar="ID")]
 ) -> None:
-    """Say why a job is in its state, and how it came there."""
+    """Say why a job is in its state, how it came there, and what is still to be reported."""
     import json
 
     from agent.clock import SystemClock
     from console.boxstate import read_status
-    from console.explanation import explain_job, list_steps
+    from console.explanation import explain_job, explain_reports, list_steps
     from console.ledger_view import view_ledger
 
     with view_ledger(call.settings) as ledger:
         row = ledger.get_job(job_id)
         steps = list_steps(ledger.list_transitions(job_id))
-        ahead = ledger.count_ahead(row)
-    status = read_status(call.settings)
-    sentences = explain_job(row, status, ahead, SystemClock().wall_ms())
+        ahead = ledger.count_ahead(row) if row["state"] == "queued" else 0
+        records = ledger.list_reports(job_id)
+        console_acks = ledger.has_acknowledging_console()
+    status, clock, mode = read_status(call.settings), SystemClock(), call.settings.outbox.ack
+    by = "console" if mode == "console" or (mode == "auto" and console_acks) else "broker"
+    sentences = explain_job(row, status, ahead, clock.wall_ms(), clock.boot_ms())
+    sentences += explain_reports(row, records, by, status)
     timings = json.loads(row["result"]).get("timings_ms", {}) if row["result"] else {}
     document = {
         "job_id": job_id,
@@ -119,6 +123,7 @@ def explain_job_state(
         "steps": [asdict(step) for step in steps],
         "attempts": row["attempt"],
         "timings_ms": timings,
+        "reports": {"acknowledged_by": by, "waiting": records},
     }
     call.out.show(document, lambda: _render_job(row, sentences, steps, timings))
 

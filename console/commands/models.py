@@ -187,8 +187,24 @@ def _to_document(version: "ModelVersion") -> dict[str, Any]:
     }
 
 
+def trust_version(
+    call: Invocation,
+    name: NameArgument,
+    version: Annotated[str, typer.Argument(help="Number or release.")],
+) -> None:
+    """Serve a version again that is in quarantine for its crashes."""
+    from console.dropbox import drop_command
+    from console.submission import build_trust
+
+    found = _open(call).get_version(name, version)
+    drop_command(call.settings, build_trust(name, str(found.number)))
+    document = {"model": name, "version": found.number, "asked": True}
+    call.out.show(document, lambda: f"The agent is asked to serve {name} {found.number} again.")
+
+
 command(app, "add")(add_model)
 command(app, "list")(list_models)
 command(app, "activate")(activate_version)
 command(app, "rollback")(roll_back)
 command(app, "remove")(remove_version)
+command(app, "trust")(trust_version)

@@ -152,8 +152,15 @@ class Box:
             **settings,
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.launcher: Sequence[str] = (str(Path(sys.executable).with_name("edgeward")),)
+        """Starts `edgeward`; a test may put a command of its own there."""
         write_tiny_model(folder / "model")
         ModelRepository(self.data_dir / "models").add(folder / "model")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Its settings, as environment variables."""
+        return dict(self._env)
 
     def start(self, name: str, **environment: str) -> None:
         """Start `agent` or `worker`."""
@@ -161,10 +168,9 @@ class Box:
             "agent": ["agent"],
             "worker": ["worker", "--lane", "inference", "--lane", "batch"],
         }
-        program = Path(sys.executable).with_name("edgeward")
         with self._log.open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [program, *commands[name]],
+                [*self.launcher, *commands[name]],
                 env={**os.environ, **self._env, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -128,6 +128,7 @@ def test_everything_unseen_is_sent_at_once_when_somebody_is_back(told: Told, new
     job = build_job()
     told.mirror.submit(job, told.now_s)
     told.sent()
+    told.now_s += 1.5
     if news == "connected":
         told.mirror.connected(told.now_s)
     elif news == "online":
@@ -236,6 +237,18 @@ def test_another_ledger_lets_open_jobs_start_anew_and_keeps_ends(told: Told) -> 
     told.state(open_job.job_id, "running", 8)
     told.state(open_job.job_id, "succeeded", 3)
     assert told.mirror.jobs[open_job.job_id].state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("late", [{"boot": 57}, {"is_retained": True}], ids=["boot", "retained"])
+def test_late_state_of_a_lost_ledger_does_not_hide_the_end_of_the_present_one(
+    durable: Told, late: dict[str, Any]
+) -> None:
+    durable.status("online", boot=1, ledger=NEW)
+    is_retained = late.pop("is_retained", False)
+    body = {"state": "running", "rev": 8}
+    durable.hear("job", "J", {"ts": AT, "body": body, **late}, is_retained=is_retained)
+    durable.state("J", "succeeded", 3, boot=1)
+    assert durable.mirror.jobs["J"].state is JobState.SUCCEEDED
 
 
 def test_first_word_of_a_ledger_changes_nothing(durable: Told) -> None:

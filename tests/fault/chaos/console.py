@@ -30,6 +30,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.fault.chaos.jobs import (
     ChaosJob,
@@ -45,7 +46,7 @@ from tests.fault.chaos.plan import Kind
 _POLL_S = 0.02
 _ACK_S = 0.1
 _RETRY_FACTOR, _RETRY_MAX_S = 1.5, 8.0
-_HOLE_S, _SYNC_S = 1.5, 2.0
+_HOLE_S, _SYNC_S, _SYNC_MAX_S = 1.5, 2.0, 16.0
 _MISSING_S, _MISSING_AT_ONCE = 5.0, 40
 _CANCEL_FIRST_PATIENCE = 3
 _CONNECT_LIMIT_S = 10.0
@@ -69,7 +70,7 @@ class _Up:
 
 
 @dataclass
-class _Records:
+class Records:
     """Which numbered records of one ledger were received."""
 
     ledger: str | None = None
@@ -118,6 +119,7 @@ class ChaosConsole(threading.Thread):
         self.jobs: dict[str, ChaosJob] = {}
         self.counts: Counter[str] = Counter()
         self.device_state: str | None = None
+        self.device_boot = 0
         self.speaks_acks = False
         """Whether the device has named its ledger: then it keeps records until they are acked."""
         self.is_healing = False
@@ -134,8 +136,9 @@ class ChaosConsole(threading.Thread):
         self._inbox: SimpleQueue[_Heard | _Taken | _Up | ChaosJob] = SimpleQueue()
         self._due: list[tuple[float, int, str]] = []
         self._order = itertools.count()
-        self._records = _Records()
+        self._records = Records()
         self._next_ack = self._next_sync = 0.0
+        self._sync_s, self._synced_at = _SYNC_S, 0
         self._is_up = threading.Event()
         self._stopping = threading.Event()
         self._client = self._build_client()
@@ -163,7 +166,11 @@ class ChaosConsole(threading.Thread):
         _properties: Properties | None,
     ) -> None:
         if not code.is_failure:
-            client.subscribe(self._d2c + "#", qos=1)
+            # What is retained comes with a new subscription, not with every connection.
+            options = SubscribeOptions(
+                qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            )
+            client.subscribe(self._d2c + "#", options=options)
             self._is_up.set()
             self._inbox.put(_Up())
 
@@ -192,11 +199,19 @@ class ChaosConsole(threading.Thread):
 
     def submit(self, kinds: Iterable[Kind]) -> list[ChaosJob]:
         """Submit new jobs in any order, without waiting."""
-        jobs = [make_job(self._maker, kind, next(self._numbers)) for kind in kinds]
+        jobs = [self.make(kind) for kind in kinds]
         self._maker.shuffle(jobs)
+        self.add(jobs)
+        return jobs
+
+    def make(self, kind: Kind) -> ChaosJob:
+        """Return a new job, to be changed and then given to `add`."""
+        return make_job(self._maker, kind, next(self._numbers))
+
+    def add(self, jobs: Iterable[ChaosJob]) -> None:
+        """Submit jobs as they are."""
         for job in jobs:
             self._inbox.put(job)
-        return jobs
 
     def probe(self) -> ChaosJob:
         """Submit a job that measures a recovery."""
@@ -207,6 +222,10 @@ class ChaosConsole(threading.Thread):
     def list_open(self) -> list[ChaosJob]:
         """Return the jobs whose end, or result, was not heard yet."""
         return [job for job in list(self.jobs.values()) if not job.is_complete]
+
+    def is_all_taken(self) -> bool:
+        """Say whether the broker has acknowledged all that was sent."""
+        return self._inbox.empty() and not self._tag_of
 
     def close(self) -> None:
         """Serve what has come so far, then disconnect."""
@@ -261,11 +280,12 @@ class ChaosConsole(threading.Thread):
         document = json.loads(heard.text)
         kind, _, rest = heard.topic.removeprefix(self._d2c).partition("/")
         if kind == "status":
-            self.device_state = document["state"]
+            self.device_state, self.device_boot = document["state"], document.get("boot", 0)
             self._meet_ledger(document.get("ledger"))
             return
         body = document["body"]
         if "seq" in document:
+            self.counts["heard"] += 1
             self._records.add(document["seq"], document["seq"])
         if kind == "job" and rest in self.jobs:
             self._apply(self.jobs[rest], body)
@@ -288,7 +308,7 @@ class ChaosConsole(threading.Thread):
             self._records.ledger = ledger
             return
         self._journal.note("another ledger", ledger=ledger)
-        self._records = _Records(ledger)
+        self._records = Records(ledger)
         for job in self.jobs.values():
             if not job.has_ended:
                 job.state, job.rev = None, 0
@@ -407,8 +427,12 @@ class ChaosConsole(threading.Thread):
         if self._next_sync and now >= self._next_sync:
             self._next_sync = 0.0
             self._answer_sync(None)
+            # A slow device that is asked again at once would begin again at once.
+            is_stuck = records.upto == self._synced_at
+            self._sync_s = min(self._sync_s * 2, _SYNC_MAX_S) if is_stuck else _SYNC_S
+            self._synced_at = records.upto
         elif has_hole and not self._next_sync:
-            self._next_sync = now + _SYNC_S
+            self._next_sync = now + self._sync_s
 
     def _answer_sync(self, device_open: set[str] | None) -> None:
         """Say what was received up to where, what the device should have, what is unknown here."""

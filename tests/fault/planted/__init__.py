@@ -1,0 +1,1 @@
+"""The agent with a bug planted on purpose: the history checker must find it."""
