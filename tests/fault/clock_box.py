@@ -270,8 +270,8 @@ class ClockBox:
 
     def describe(self, job_id: str) -> object:
         """Return a job's history, for a failed test's message."""
-        query = f"SELECT rev, state, at_ms, attempt, reason_code FROM transitions WHERE job_id = '{job_id}'"
-        return self.box.query(query)
+        query = "SELECT job_id, rev, state, at_ms, attempt, reason_code FROM transitions"
+        return [row[1:] for row in self.box.query(query) if row[0] == job_id]
 
     def check(self) -> None:
         """Compare everything that was asked with what became of it."""
