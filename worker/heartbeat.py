@@ -15,11 +15,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import redis
 from celery.worker import state as celery_state
 
+from agent.jobs import Lane
 from agent.tasks import (
     HEARTBEAT_BUSY_S,
     HEARTBEAT_IDLE_S,
@@ -27,10 +30,15 @@ from agent.tasks import (
     HeartbeatBody,
     connect_redis,
     heartbeat_key,
+    lane_queue,
     read_epoch,
 )
 
 log = logging.getLogger(__name__)
+
+STALL_S = 5.0
+STALL_STOP_S = 10.0
+EXIT_STALLED = 70
 
 
 class Heartbeat(threading.Thread):
@@ -40,6 +48,7 @@ class Heartbeat(threading.Thread):
         queue_url: the broker.
         slot: this worker's place, such as `box/inference`; a successor has the same.
         worker_id: this process's own id.
+        lanes: the lanes that this worker serves.
         is_started: says of a task id whether its run has begun.
         turned: called on each turn, for the watchdog and the limits of running tasks.
     """
@@ -49,13 +58,16 @@ class Heartbeat(threading.Thread):
         queue_url: str,
         slot: str,
         worker_id: str,
+        lanes: Sequence[Lane],
         is_started: Callable[[str], bool],
-        turned: Callable[[], None],
+        turned: Callable[[redis.Redis], None],
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._queue_url = queue_url
         self._slot = slot
         self._worker_id = worker_id
+        self._queues = [lane_queue(lane) for lane in lanes]
+        self._waiting_since: float | None = None
         self._is_started = is_started
         self._turned = turned
         self._stopping = threading.Event()
@@ -74,7 +86,7 @@ class Heartbeat(threading.Thread):
                 log.info("heartbeat: %s", exc)
                 busy = True
             # Also without a broker: a worker that waits for it is healthy.
-            self._turned()
+            self._turned(client)
             self._is_idle = not busy
             if not busy and celery_state.reserved_requests:
                 # It came while the key was written, and found nobody idle to wake.
@@ -88,7 +100,27 @@ class Heartbeat(threading.Thread):
         started = [task_id for task_id in held if self._is_started(task_id)]
         body = HeartbeatBody(worker=self._worker_id, slot=self._slot, held=held, started=started)
         client.set(heartbeat_key(self._slot), body.model_dump_json(), ex=HEARTBEAT_LIFE_S)
-        return bool(held)
+        return self._is_waited_for(client, is_idle=not held) or bool(held)
+
+    def _is_waited_for(self, client: Any, *, is_idle: bool) -> bool:
+        """Say whether tasks wait while this worker holds none; end it where that lasts.
+
+        Celery's consumer sometimes stalls after a reconnect: it lives and takes nothing.
+        """
+        waiting = sum(client.llen(queue) for queue in self._queues) if is_idle else 0
+        now = time.monotonic()
+        if not waiting:
+            self._waiting_since = None
+            return False
+        self._waiting_since = self._waiting_since or now
+        waited_s = now - self._waiting_since
+        if waited_s > STALL_S + STALL_STOP_S:
+            log.critical("the consumer stands still and does not stop: this process ends")
+            os._exit(EXIT_STALLED)
+        if waited_s > STALL_S:
+            log.error("%d tasks wait and the consumer takes none: this worker restarts", waiting)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
 
     def _check_broker(self, client: redis.Redis) -> None:
         epoch = read_epoch(client)

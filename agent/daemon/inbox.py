@@ -22,6 +22,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from agent.config import Settings
 from agent.daemon.intake import refuse
 from agent.daemon.messages import Message, Released, Spooled
 from agent.errors import AgentError, CommandError, MalformedError, ModelNotFoundError
+from agent.faults import reach
 from agent.fileio import append_line, fsync_dir, write_atomic
 from agent.jobs import ENDS, JobState, Source
 from agent.store.ledger import EndedJob, NewJob
@@ -181,6 +183,7 @@ class Inbox(threading.Thread):
         claimed = work / f"{job_id}{_SEPARATOR}{path.name}"
         path.rename(claimed)
         fsync_dir(work)
+        reach("inbox.claimed")
         self._working[job_id] = claimed
 
     def _submit_claimed(self) -> None:
@@ -199,6 +202,7 @@ class Inbox(threading.Thread):
         envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
         job = self._check(envelope, job_id, Source.FOLDER)
         self._post(Spooled(Source.FOLDER, job=job))
+        reach("inbox.submitted")
         if job.state in ENDS:
             # Refused at the door: nothing will call when it ends, so look after the commit.
             self._post(Spooled(Source.FOLDER, done=lambda: self._notice(job_id)))
@@ -234,14 +238,16 @@ class Inbox(threading.Thread):
             path.rename(path.with_suffix(f".{exc.code}"))
             return
         path.rename(path.with_suffix(".taken"))
+        reach("spool.taken")
         self._post(message)
+        reach("spool.posted")
 
     def _read_trust(self, envelope: Envelope, path: Path) -> Released:
         model, version = envelope.body.get("model"), envelope.body.get("version")
         if not isinstance(model, str) or not isinstance(version, str):
             msg = f"{path.name}: body.model and body.version are texts"
             raise MalformedError(msg)
-        return Released(model, version, lambda: path.with_suffix(".taken").unlink(missing_ok=True))
+        return Released(model, version, lambda: _remove_taken(path))
 
     def _read_job_command(self, envelope: Envelope, path: Path) -> Spooled:
         job_id = str(envelope.body.get("job_id", ""))
@@ -251,9 +257,7 @@ class Inbox(threading.Thread):
         return self._read_command(envelope, job_id, path)
 
     def _read_command(self, envelope: Envelope, job_id: str, path: Path) -> Spooled:
-        def remove() -> None:
-            path.with_suffix(".taken").unlink(missing_ok=True)
-
+        remove = partial(_remove_taken, path)
         if envelope.type == CANCEL:
             return Spooled(Source.LOCAL, cancel=job_id, done=remove)
         job = self._check(envelope, job_id, Source.LOCAL)
@@ -283,13 +287,16 @@ class Inbox(threading.Thread):
             if job_id not in self._written:
                 append_line(self._results_file(model.name, row), _result_line(name, row))
                 self._written.add(job_id)
+                reach("inbox.delivered")
             target = choose_target(model / DONE, name, job_id)
         else:
             target = choose_target(model / FAILED, name, job_id)
             write_atomic(target.with_name(target.name + ".reason.json"), _reason_text(name, row))
+            reach("inbox.explained")
         if path.exists():
             path.rename(target)
             fsync_dir(target.parent)
+            reach("inbox.moved")
         else:
             log.warning("%s was taken away while its job ran", path)
         self._working.pop(job_id, None)
@@ -341,6 +348,12 @@ def _attempt(path: Path, take: Callable[[Path], None]) -> None:
         take(path)
     except OSError as exc:
         log.warning("%s: %s; trying again", path, exc.strerror)
+
+
+def _remove_taken(path: Path) -> None:
+    """Remove a command whose effect is committed."""
+    path.with_suffix(".taken").unlink(missing_ok=True)
+    reach("spool.removed")
 
 
 def _is_utf8(name: bytes) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, delete, func, select
 
+from agent.faults import reach
 from agent.store import outbox
 from agent.store.outbox import Rank
 from agent.store.records import KEPT_RESULT, build_event
@@ -171,6 +172,7 @@ def _drop(
     outbox.save_counter(tx, "seq", last)
     _delete(tx, [number for number, _ in chosen])
     _tell(tx, topics, rank, numbers, reason, now_ms)
+    reach("outbox.bounded")
 
 
 def _delete(tx: Connection, ids: Sequence[int]) -> None:

@@ -18,9 +18,11 @@ from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
 from platforms.errors import InferenceError, ModelLoadError, TensorError
 from platforms.runtimes.base import Array, LoadOptions, Runtime, Session
 from platforms.runtimes.onnx_locations import read_external_locations
+from platforms.runtimes.stop import current
 
 _LIBRARY = "onnxruntime"
 _SEVERITY_ERROR = 3
+_SEVERITY_FATAL = 4
 
 _DATATYPES: Mapping[str, Datatype] = MappingProxyType(
     {
@@ -54,6 +56,7 @@ class OrtSession(Session):
             inputs=tuple(_to_spec(node) for node in session.get_inputs()),
             outputs=tuple(_to_spec(node) for node in session.get_outputs()),
         )
+        self._library = library
         self._session = session
         self._names = [spec.name for spec in self.outputs]
         self._errors = _collect_errors(library)
@@ -66,14 +69,29 @@ class OrtSession(Session):
             msg = "the session is closed"
             raise InferenceError(msg)
         try:
-            values = session.run(self._names, inputs)
+            values = self._compute(session, inputs)
         except self._input_fault as exc:
             msg = f"the model refuses these inputs: {exc}"
             raise TensorError(msg) from exc
         except self._errors as exc:
+            token = current.get()
+            if token is not None:
+                token.check()
             msg = f"onnxruntime failed: {exc}"
             raise InferenceError(msg) from exc
         return dict(zip(self._names, values, strict=True))
+
+    def _compute(self, session: Any, inputs: Mapping[str, Array]) -> list[Any]:
+        token = current.get()
+        if token is None:
+            values: list[Any] = session.run(self._names, inputs)
+            return values
+        # onnxruntime looks at the flag between two nodes, also inside a loop.
+        options = self._library.RunOptions()
+        options.log_severity_level = _SEVERITY_FATAL
+        with token.ended_by(lambda: setattr(options, "terminate", True)):
+            values = session.run(self._names, inputs, options)
+        return values
 
     def close(self) -> None:
         """Let go of the model; its memory returns when running inferences end."""

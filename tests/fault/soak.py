@@ -116,7 +116,7 @@ class Soak:
             Plan(load.seed, ()),
             duplicate=0.03,
             quiet_limit_s=_SETTLE_S,
-            cast_options={"settings": _SETTINGS, "durable_mqtt": False},
+            cast_options={"settings": _SETTINGS, "durable": False},
         )
         self.inbox = self.scenario.cast.data_dir / "inbox" / ECHO
 

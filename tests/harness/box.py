@@ -139,6 +139,7 @@ class Box:
     ) -> None:
         self.data_dir = folder / "data"
         self.mqtt = mqtt
+        self.queue = queue
         self._log = folder / "box.log"
         self._env = {
             "EDGEWARD_DATA_DIR": str(self.data_dir),

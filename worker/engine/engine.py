@@ -22,6 +22,7 @@ import numpy as np
 from agent.errors import AgentError
 from platforms.errors import PlatformError
 from platforms.runtimes.base import Array
+from platforms.runtimes.stop import current
 from platforms.spec import PlatformSpec
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
 from worker.engine.threads import compute_threads
@@ -210,7 +211,14 @@ def _run_group(model: LoadedModel, group: Sequence[_Pending]) -> None:
 
 
 def _run_stacked(model: LoadedModel, group: Sequence[_Pending]) -> dict[str, Array]:
-    """Run a group as one batch, and check that as many rows come back as went in."""
+    """Run a group as one batch, and check that as many rows come back as went in.
+
+    Raises:
+        RunStoppedError: the work was stopped before.
+    """
+    token = current.get()
+    if token is not None:
+        token.check()
     if len(group) == 1:
         return model.session.run(group[0].inputs)
     names = group[0].inputs
