@@ -9,6 +9,7 @@ cable that was pulled behind a switch.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -100,9 +101,11 @@ class ByteProxy:
             writer.transport.abort()
             return
         self._writers.add(up_writer)
-        await asyncio.gather(
-            self._pump(number, reader, up_writer), self._pump(number, up_reader, writer)
-        )
+        # At the end of the thread.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(
+                self._pump(number, reader, up_writer), self._pump(number, up_reader, writer)
+            )
 
     async def _pump(
         self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
