@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -374,15 +374,26 @@ class Agent:
         # is committed before anything beyond it is forgotten.
         self._mailbox.put(Call(self._retention.advance))
         self._mailbox.put(Call(self._forget))
-        if self._settings.results_dir.is_dir():
-            for path in self._settings.results_dir.glob("*.json"):
-                if path.stat().st_mtime * 1000 < before_ms:
-                    path.unlink(missing_ok=True)
+        folder = self._settings.results_dir
+        paths = folder.glob("*.json") if folder.is_dir() else ()
+        old = [path for path in paths if path.stat().st_mtime * 1000 < before_ms]
+        if old:
+            self._mailbox.put(Call(lambda tx: self._drop_results(tx, old[:_DELETE_AT_ONCE])))
 
     def _forget(self, tx: Connection) -> None:
-        if self._retention.forget(tx, _DELETE_AT_ONCE):
+        undelivered = self._inbox.list_undelivered() if self._settings.inbox.enabled else []
+        if undelivered is None:
+            return
+        if self._retention.forget(tx, _DELETE_AT_ONCE, undelivered):
             reach("retention.forgotten")
-        self._retention.strip(tx, _DELETE_AT_ONCE)
+        self._retention.strip(tx, _DELETE_AT_ONCE, undelivered)
+
+    def _drop_results(self, tx: Connection, old: Sequence[Path]) -> None:
+        """Remove result files of forgotten jobs; their age alone may be a wrong clock's."""
+        known = self._ledger.find_jobs(tx, {path.name.partition(".")[0] for path in old})
+        for path in old:
+            if path.name.partition(".")[0] not in known:
+                path.unlink(missing_ok=True)
 
     def _write_status(self) -> None:
         path = self._settings.runtime_dir / STATUS_FILE

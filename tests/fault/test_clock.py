@@ -6,13 +6,14 @@ down. After each jump housekeeping has run, with ends that are remembered for a 
 job that there ever was is submitted again.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fault.clock_box import ClockBox
+from tests.fault.clock_box import MODEL, ClockBox
 from tests.harness.brokers import MqttProcess, QueueProcess
 from tests.harness.waiting import wait_until
 
@@ -38,6 +39,7 @@ def box(tmp_path: Path, mosquitto: MqttProcess, queue_broker: QueueProcess) -> I
 @AMID_JUMPS
 def test_clock_that_jumps_while_jobs_run_and_wait_costs_none(box: ClockBox, offset_s: int) -> None:
     box.start("worker")
+    box.wait_worker()
     box.submit_each_sort()
     box.wait_ends()
     runs_on = box.submit(wait_s=1.5)
@@ -82,6 +84,7 @@ def test_clock_that_jumps_during_a_back_off_neither_skips_nor_lengthens_it(
     box: ClockBox, offset_s: int
 ) -> None:
     box.start("worker")
+    box.wait_worker()
     job_id = box.submit(crashes=2)
 
     def waits() -> bool:
@@ -97,3 +100,49 @@ def test_clock_that_jumps_during_a_back_off_neither_skips_nor_lengthens_it(
     box.set_clock(0)
     box.repeat_all()
     box.check()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("before_s", "after_s"),
+    [(0, JUMPS["a year ahead"]), (JUMPS["1970"], 0)],
+    ids=["a year ahead", "from 1970 to now"],
+)
+def test_file_whose_result_waits_for_its_folder_is_not_forgotten_when_the_clock_jumps(
+    box: ClockBox, before_s: int, after_s: int
+) -> None:
+    box.set_clock(before_s)
+    box.start("worker")
+    box.wait_worker()
+    # As if the results' folder were a stick that somebody pulled.
+    outbox = box.box.data_dir / "outbox"
+    outbox.mkdir(exist_ok=True)
+    (outbox / MODEL).write_text("no folder")
+    box.drop_file()
+    box.wait_ends([box.submit()])
+    query = "SELECT count(*) FROM jobs WHERE source = 'folder' AND state = 'succeeded'"
+    wait_until(lambda: box.box.query(query)[0][0] == 1, 30, "its job ends")
+    box.set_clock(after_s)
+    for _ in range(2):
+        box.box.kill("agent")
+        box.start("agent")
+    (outbox / MODEL).unlink()
+    box.wait_ends()
+    box.repeat_all()
+    box.check()
+
+
+@pytest.mark.timeout(120)
+def test_result_file_of_a_remembered_job_outlives_a_clock_a_year_ahead(box: ClockBox) -> None:
+    box.start("worker")
+    job_id = box.submit()
+    box.wait_ends([job_id])
+    results = box.box.data_dir / "results"
+    results.mkdir(exist_ok=True)
+    known, unknown = results / f"{job_id}.1.json", results / "01ARZ3NDEKTSV4RRFFQ69G5FAV.1.json"
+    known.write_text("[]")
+    unknown.write_text("[]")
+    os.utime(unknown, (0, 0))
+    box.set_clock(JUMPS["a year ahead"])
+    wait_until(lambda: not unknown.exists(), 20, "what nobody knows goes")
+    assert known.exists()
