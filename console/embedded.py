@@ -352,7 +352,7 @@ def prepare_mqtt_broker(
             something, instead of every 5 s. Off, because consoles acknowledge end to end, and
             it rewrites the whole store each time, with every retained state in it: at 10,000 of
             them 92 records/s passed instead of 9,000. It does so just after the PUBACK, so that
-            SIGKILL still loses what the last turn acknowledged (measured: killed right after a PUBACK,
+            SIGKILL still loses what the last turn acknowledged (measured: right after a PUBACK,
             that message was lost 38 times in 40, the one before it never; mosquitto 2.0.11,
             2 cores). iotcore has no store, and ignores this.
 
