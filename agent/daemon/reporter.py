@@ -32,6 +32,7 @@ from agent.store.outbox import Record
 EARLY_HOLD_MS = 20
 _BUSY_WAITING = 64
 _HISTORIC_AFTER_MS = 60_000
+_REPLAY_EVERY_MS = 1000
 _ACKED = "acked"
 
 
@@ -78,6 +79,7 @@ class Reporter:
         self._resend_after = 0
         self._resend_upto = 0
         self._replay_from = 0
+        self._replay_again_ms = 0
         self._boot = 0
         self._ledger = ""
         self._acked = 0
@@ -171,9 +173,14 @@ class Reporter:
     def _replay(self, after: int) -> None:
         """Send again what the console does not have; what is being sent again goes on."""
         is_running = self._resend_after < self._resend_upto
-        # A console that asks again while the answer is on its way must not begin it anew.
+        # A console that asks again while the answer is on its way must not begin it anew, and
+        # many that ask must not make the device send its outbox for each.
+        now_ms = self._clock.boot_ms()
+        if now_ms < self._replay_again_ms and after >= self._replay_from:
+            return
         if not is_running or after < self._replay_from:
             self._resend_after = self._replay_from = after
+            self._replay_again_ms = now_ms + _REPLAY_EVERY_MS
         self._resend_upto = self._last_seq
         self.has_more = True
         reach("sync.answered")
