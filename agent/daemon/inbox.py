@@ -159,7 +159,7 @@ class Inbox(threading.Thread):
         """Log what has begun and what is over since the last turn."""
         trouble, self._trouble = self._trouble, {}
         for folder, text in trouble.items():
-            if self._told.get(folder) != text:
+            if folder not in self._told:
                 log.warning(
                     "%s: %s; trying again every %g s", folder, text, self._settings.inbox.scan_s
                 )
