@@ -27,6 +27,8 @@ EPOCH_KEY = "edgeward:epoch"
 HEARTBEAT_PREFIX = "edgeward:worker:"
 HEARTBEAT_BUSY_S = 0.5
 HEARTBEAT_IDLE_S = 3.0
+# A pause of a worker that is longer than this looks like its death: its tasks run again.
+HEARTBEAT_BUSY_LIFE_S = 3
 HEARTBEAT_LIFE_S = 10
 _VISIBILITY_S = 100 * 365 * 86_400
 

@@ -420,14 +420,16 @@ class DeviceMirror:
     def _find_seq(self, heard: Heard) -> int | None:
         """Return a record's number, where it is one of the device's present ledger.
 
-        A record does not name its ledger; its `boot` tells those of another one apart. What
-        is not counted here for that reason comes again, because it is not acknowledged.
+        What is not counted here comes again, because it is not acknowledged.
         """
         seq = heard.document.get("seq")
         return seq if isinstance(seq, int) and seq >= 1 and self._is_present(heard) else None
 
     def _is_present(self, heard: Heard) -> bool:
         """Say whether a report is surely one of the device's present ledger."""
+        ledger = heard.document.get("ledger")
+        if isinstance(ledger, str) and self.device.ledger is not None:
+            return not heard.is_retained and ledger == self.device.ledger
         boot = heard.document.get("boot")
         return not heard.is_retained and (boot is None or self.device.boot in (0, boot))
 
@@ -471,9 +473,13 @@ class DeviceMirror:
         return changes
 
     def _hear_highest(self, body: Document) -> list[Change]:
-        """Give up numbers that a device with an empty outbox cannot send any more."""
-        highest = body.get("seq")
-        if not isinstance(highest, int) or body.get("outbox_depth") != 0:
+        """Give up numbers that the device does not have any more."""
+        oldest, highest = body.get("oldest_seq"), body.get("seq")
+        if isinstance(oldest, int):
+            highest = oldest - 1
+        elif body.get("outbox_depth") != 0:
+            return []
+        if not isinstance(highest, int):
             return []
         is_first = self.numbering.cumulative == 0 and not self.numbering.hole
         holes = self.numbering.holes_up_to(highest)

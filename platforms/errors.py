@@ -5,7 +5,7 @@ PlatformError
 ├── ModelLoadError         the runtime refused the model file
 ├── NoArtifactError        no artifact of a model version can run on this box
 ├── TensorError            tensors given to a model do not fit it
-├── InferenceError         the runtime failed while it ran
+├── InferenceError         the runtime failed on inputs that fit
 └── RunStoppedError        the run was stopped from outside
 """
 
@@ -50,6 +50,6 @@ class InferenceError(PlatformError):
 
 
 class RunStoppedError(PlatformError):
-    """The run was stopped from outside: cancelled, or over its time."""
+    """Another thread stopped the run: it was cancelled, or past its time."""
 
     code = "run_stopped"

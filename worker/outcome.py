@@ -1,6 +1,6 @@
-"""Outcomes: what a worker says of a task, to the agent that asked.
+"""What a worker says of a task, to the agent that asked: outcome, progress, crash.
 
-Owns the message's form and its sending. The queue is named by the task, so a
+Owns the messages' forms and their sending. The queue is named by the task, so a
 worker on another box of the site answers just the same.
 """
 
@@ -11,11 +11,10 @@ from celery import Celery
 from kombu import Queue
 
 from agent.tasks import CRASH, OUTCOME, PROGRESS
-from worker.control import StopCause
-from worker.journal import Crash
+from worker.crashes import Crash
 
 # The broker may be away for a while; the ledger's leases outlast this.
-_RETRY = {"interval_start": 0.1, "interval_step": 0.2, "interval_max": 1.0}
+_RETRY = {"max_retries": 60, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1.0}
 
 
 def now_ms() -> int:
@@ -30,8 +29,8 @@ def build_outcome(
     state: str,
     code: str,
     message: str = "",
-    result: dict[str, Any] | None = None,
     retryable: bool = False,
+    result: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the outcome of one job of a task.
 
@@ -41,8 +40,8 @@ def build_outcome(
         state: the state that it ends in.
         code: the stable code of the reason.
         message: the reason for people.
+        retryable: whether the same attempt may go better later.
         result: the result record, where there is one.
-        retryable: whether the same job may do better another time.
     """
     return {
         "id": item["id"],
@@ -55,19 +54,6 @@ def build_outcome(
     }
 
 
-def build_stopped(item: dict[str, Any], started_ms: int, cause: StopCause) -> dict[str, Any]:
-    """Return the outcome of a job whose run was stopped."""
-    if cause is StopCause.CANCELED:
-        return build_outcome(
-            item, started_ms, state="canceled", code="canceled", message="its run was stopped"
-        )
-    if cause is StopCause.PROGRESS_TIMEOUT:
-        message = f"it made no progress for {item['progress_timeout_s']:g} s"
-    else:
-        message = f"it ran longer than {item['timeout_s']:g} s"
-    return build_outcome(item, started_ms, state="timed_out", code=cause.value, message=message)
-
-
 def send_outcomes(app: Celery, task: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
     """Send the outcomes of a task's jobs to the agent's queue.
 
@@ -76,31 +62,38 @@ def send_outcomes(app: Celery, task: dict[str, Any], jobs: list[dict[str, Any]])
             agent will find the task lost and run its jobs again.
     """
     body = {"kind": OUTCOME, "task": task["task"], "model": task["model"], "jobs": jobs}
-    _send(app, task["reply"], body)
+    _publish(app, task["reply"], body, retry=True)
 
 
-def send_progress(app: Celery, task: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Send how far one job of a task is.
+def send_progress(app: Celery, task: dict[str, Any], job: dict[str, Any]) -> None:
+    """Send how far a job is; tried once, for the next one replaces it.
 
     Raises:
-        kombu.exceptions.OperationalError: the broker is away; the next one may get through.
+        kombu.exceptions.OperationalError: the broker is away.
     """
-    body = {"kind": PROGRESS, "task": task["task"], "job": progress}
-    _send(app, task["reply"], body, max_retries=0)
+    body = {"kind": PROGRESS, "task": task["task"], "job": job}
+    _publish(app, task["reply"], body, retry=False)
 
 
 def send_crash(app: Celery, crash: Crash) -> None:
-    """Send what a predecessor crashed on.
+    """Tell the agent that asked for it which task crashed its worker.
 
     Raises:
         kombu.exceptions.OperationalError: the broker was away for a minute.
     """
-    run = dict(crash.run)
-    reply = run.pop("reply")
-    _send(app, reply, {"kind": CRASH, "signal": crash.signal, **run})
+    record = crash.record
+    body = {
+        "kind": CRASH,
+        "task": record.task,
+        "model": record.model,
+        "version": record.version if crash.counts else None,
+        "signal": crash.signal,
+        "jobs": [{"id": job_id, "attempt": attempt} for job_id, attempt in record.jobs],
+    }
+    _publish(app, record.reply, body, retry=True)
 
 
-def _send(app: Celery, queue: str, body: dict[str, Any], max_retries: int = 60) -> None:
+def _publish(app: Celery, queue: str, body: dict[str, Any], *, retry: bool) -> None:
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(
             body,
@@ -108,6 +101,6 @@ def _send(app: Celery, queue: str, body: dict[str, Any], max_retries: int = 60) 
             exchange="",
             serializer="json",
             declare=[Queue(queue, durable=True)],
-            retry=True,
-            retry_policy={**_RETRY, "max_retries": max_retries},
+            retry=retry,
+            retry_policy=_RETRY,
         )

@@ -248,7 +248,8 @@ class Intake:
         self._retention.observe(job_id)
         try:
             envelope = self._decode(message)
-            text = encode_body(envelope.body)
+            # The id stands in the topic or the body; a body is the same one with and without it.
+            text = encode_body({k: v for k, v in envelope.body.items() if k != "job_id"})
         except CommandError as exc:
             return refuse(job_id, Source.MQTT, exc, hash_text(message.payload))
         try:

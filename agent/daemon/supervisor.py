@@ -189,7 +189,7 @@ class Agent:
             log.error("the ledger was damaged: %s", recovery.why)
             with transaction(self._engine) as tx:
                 report_recovery(tx, self._ledger, self._clock, recovery)
-                self._reporter.start(tx, self._boot)
+                self._reporter.start(tx, self._boot, self._presence.ledger)
         reach("recovery.counted")
         self._spec = find_platform(self._settings.data_dir)
         self._writer.start()
@@ -211,11 +211,11 @@ class Agent:
         save_counter(tx, "boot", self._boot)
         self._presence.boot = self._boot
         self._presence.ledger = ensure_identity(tx)
+        self._reporter.start(tx, self._boot, self._presence.ledger)
         self._intake.begin(self._presence.ledger)
         self._ledger.schedule.begin(tx)
         self._retention.begin(tx)
         self._guard.update(read_quarantine(tx))
-        self._reporter.start(tx, self._boot)
         tasks = self._ledger.find_tasks(tx)
         self._dispatcher.adopt((task_id, lane) for task_id, (lane, _, _) in tasks.items())
         self._writer.open_jobs = sum(self._ledger.count_open(tx).values())

@@ -299,9 +299,9 @@ class Writer(threading.Thread):
             # The broker sends them again, under numbers of the new connection.
             self._held = [item for item in self._held if isinstance(item, Spooled)]
         is_low = self._storage.is_low()
-        waiting = self._held
-        for item in waiting:
-            (batch.received if isinstance(item, Received) else batch.spooled).append(item)  # type: ignore[arg-type]
+        # What has waited longest goes first.
+        batch.received[:0] = [item for item in self._held if isinstance(item, Received)]
+        batch.spooled[:0] = [item for item in self._held if isinstance(item, Spooled)]
         if not is_low:
             return False
         received = [message for message in batch.received if self._is_job(message)]

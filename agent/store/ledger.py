@@ -601,8 +601,10 @@ class Ledger:
         )
         rows = [(job_id, rev) for job_id, rev in tx.execute(query)]
         text = ",".join(f"{job_id}:{rev}" for job_id, rev in rows)
+        seq = outbox.read_counter(tx, "seq")
         return {
-            "seq": outbox.read_counter(tx, "seq"),
+            "seq": seq,
+            "oldest_seq": outbox.find_oldest(tx) or seq + 1,
             "desired_version": None,
             "epoch": None,
             "open": [list(row) for row in rows[-_SYNC_OPEN:]],

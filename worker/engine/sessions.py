@@ -21,7 +21,7 @@ import numpy as np
 
 from agent.manifest import MANIFEST_FILE, Manifest, read_manifest, verify_files
 from platforms.artifact import ArtifactSpec, TensorSpec
-from platforms.errors import ModelLoadError, PlatformError, RunStoppedError
+from platforms.errors import ModelLoadError, PlatformError
 from platforms.runtimes.base import DTYPES, Array, LoadOptions, Session
 from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime
 from platforms.selection import select_artifact
@@ -216,8 +216,6 @@ def probe_batching(session: Session) -> bool:
     try:
         alone = session.run(_make_probe(session.inputs, 1))
         is_batched = _is_repeated(alone, session.run(_make_probe(session.inputs, 2)), 2)
-    except RunStoppedError:
-        raise
     except PlatformError as exc:
         _log.info("the model does not run on a constant input, so nothing is stacked: %s", exc)
         return False

@@ -172,7 +172,7 @@ class Cast:
         settings: further settings, as environment variables.
         restart_s: how long a process stays down; the shipped units have 1 s.
         wire: a network of its own for the agent.
-        durable: whether Mosquitto writes its store at each change, as shipped, or every 5 s.
+        durable: whether Mosquitto writes its store at each change, or every 5 s as shipped.
             It writes the whole store each time, with every retained state in it: at 2,600 of
             them it let about five packets a second pass (mosquitto 2.0.11, 2026-11-22).
     """
@@ -188,7 +188,7 @@ class Cast:
         settings: dict[str, str] | None = None,
         restart_s: float = RESTART_S,
         wire: Wire | None = None,
-        durable: bool = True,
+        durable: bool = False,
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "data"
