@@ -11,8 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import kombu.transport.redis
 import pytest
+from kombu import Connection as QueueConnection
 
+from agent.tasks import transport_options
 from tests.fault.clock_box import MODEL, ClockBox
 from tests.harness.brokers import MqttProcess, QueueProcess
 from tests.harness.waiting import wait_until
@@ -146,3 +149,23 @@ def test_result_file_of_a_remembered_job_outlives_a_clock_a_year_ahead(box: Cloc
     box.set_clock(JUMPS["a year ahead"])
     wait_until(lambda: not unknown.exists(), 20, "what nobody knows goes")
     assert known.exists()
+
+
+@pytest.mark.parametrize("offset_s", [JUMPS["a year ahead"], -JUMPS["1970"]])
+def test_worker_that_starts_after_a_jump_takes_no_task_that_another_still_runs(
+    queue_broker: QueueProcess, monkeypatch: pytest.MonkeyPatch, offset_s: int
+) -> None:
+    options = transport_options()
+    with (
+        QueueConnection(queue_broker.url, transport_options=options) as first,
+        QueueConnection(queue_broker.url, transport_options=options) as second,
+    ):
+        queue = first.SimpleQueue("tasks")
+        queue.put({"task": 1})
+        assert queue.get(timeout=5).payload == {"task": 1}
+        monkeypatch.setattr(kombu.transport.redis, "time", lambda: time.time() + offset_s)
+        channel = second.channel()
+        channel.qos.restore_visible(interval=1)
+        client = queue_broker.client()
+        assert client.llen("tasks") == 0
+        client.close()
