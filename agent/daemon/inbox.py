@@ -107,13 +107,10 @@ class Inbox(threading.Thread):
         self._written: set[str] = set()
         self._seen: dict[Path, tuple[int, int, int]] = {}
         self._ended: deque[str] = deque()
-<<<<<<< HEAD
         self._is_recovered = False
-=======
         self._trouble: dict[Path, str] = {}
         """What is wrong with which folder in this turn; `_told` is what the log says already."""
         self._told: dict[Path, str] = {}
->>>>>>> h-points
         self.turns = 0
 
     def list_undelivered(self) -> list[str] | None:
@@ -129,11 +126,6 @@ class Inbox(threading.Thread):
 
     def run(self) -> None:
         """Scan and deliver until stopped."""
-<<<<<<< HEAD
-        (self._inbox / COMMANDS).mkdir(parents=True, exist_ok=True)
-=======
-        recovered = False
->>>>>>> h-points
         while not self._stopping.is_set():
             try:
                 if not self._is_recovered:
