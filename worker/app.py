@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -107,8 +108,10 @@ class Worker:
 
     def _remove_journal(self) -> None:
         if self._runs.journal is not None:
-            # Its file is closed with the process: from here on a trace goes to the log.
-            faulthandler.enable()
+            # Nobody reads its file from here on. Celery has put a logger in place of sys.stderr.
+            faulthandler.disable()
+            if sys.__stderr__ is not None:
+                faulthandler.enable(sys.__stderr__)
             self._runs.journal.remove()
 
     def _on_ready(self, **_: Any) -> None:

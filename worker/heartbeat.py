@@ -115,7 +115,17 @@ class Heartbeat(threading.Thread):
         self._is_idle = True
 
     def run(self) -> None:
-        """Write the key again and again."""
+        """Write the key again and again; a defect here ends the process.
+
+        A worker without its heartbeat would take tasks that nobody knows it has.
+        """
+        try:
+            self._run()
+        except Exception:
+            log.exception("the heartbeat failed: this process ends")
+            os._exit(EXIT_HUNG)
+
+    def _run(self) -> None:
         client = connect_redis(self._queue_url)
         while not self._stopping.is_set():
             try:
@@ -135,7 +145,7 @@ class Heartbeat(threading.Thread):
 
     def _turn(self, client: redis.Redis) -> bool:
         """Do everything that needs the broker; say whether to come back soon."""
-        held = [request.id for request in tuple(celery_state.reserved_requests)]
+        held = _read_held()
         self._beat(client, held)
         self._look_for_cancels(client)
         self._check_broker(client)
@@ -206,6 +216,16 @@ class Heartbeat(threading.Thread):
         self._stopping.set()
         self._wake.set()
         self.join(3.0)
+
+
+def _read_held() -> list[str]:
+    """Return the ids of the tasks that this worker has taken and not finished."""
+    while True:
+        try:
+            return [request.id for request in tuple(celery_state.reserved_requests)]
+        except RuntimeError:
+            # Another thread took or finished one meanwhile: Celery's set has no lock.
+            continue
 
 
 def _is_closing() -> bool:

@@ -139,6 +139,7 @@ class Journal:
             os.set_inheritable(self._lock_fd, False)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._memory = mmap.mmap(file.fileno(), size)
+        self.save_oom(OomCount())
         self.trace = _trace_path(self.path).open("wb", buffering=0)
         self._free = deque(
             JournalEntry(self._memory, at) for at in range(_HEADER_BYTES, size, _ENTRY_BYTES)
@@ -163,7 +164,8 @@ class Journal:
         _OOM.pack_into(self._memory, _OOM_AT, count.kills, count.group, count.group_kills)
 
     def remove(self) -> None:
-        """Remove the files of this process, which ends as it means to."""
+        """Close and remove the files of this process, which ends as it means to."""
+        self.trace.close()
         self.path.unlink(missing_ok=True)
         _trace_path(self.path).unlink(missing_ok=True)
 
