@@ -59,6 +59,7 @@ _CHECK_PERIOD_S = 1.0
 # daylight saving begins, an opening comes an hour sooner than it seemed.
 _WINDOW_RECHECK_S = 300.0
 _IDLE_CHECK_S = 3.0
+_LOOK_SHARE = 0.4
 # So many tasks keep the workers of a lane busy until the next turn.
 _FED = 4
 _GROW_MS = 50
@@ -491,12 +492,15 @@ class Dispatcher(threading.Thread):
         """Give up tasks that nobody has known of for `lost_after_s`."""
         now_ms = self._clock.boot_ms()
         limit_ms = now_ms - int(self._limits.lost_after_s * 1000)
+        # Looked for sooner than given up: else a task seen in the broker long ago, and taken just
+        # now by a worker that has not told yet, would be lost at once, and run twice.
+        look_ms = now_ms - int(self._limits.lost_after_s * 1000 * _LOOK_SHARE)
         held = self._held_now()
         with self._lock:
             suspects = {
                 task_id: task.lane
                 for task_id, task in self._under_way.items()
-                if task.sent and task.seen_ms <= limit_ms and task_id not in held
+                if task.sent and task.seen_ms <= look_ms and task_id not in held
             }
         if not suspects:
             return
@@ -505,7 +509,11 @@ class Dispatcher(threading.Thread):
             for task_id in queued & suspects.keys():
                 if task_id in self._under_way:
                     self._under_way[task_id].seen_ms = now_ms
-        lost = tuple(task_id for task_id in suspects if task_id not in queued)
+            lost = tuple(
+                task_id
+                for task_id in suspects.keys() - queued
+                if task_id in self._under_way and self._under_way[task_id].seen_ms <= limit_ms
+            )
         self._lose(lost, "worker_lost", "the worker that ran it is gone", counts=True)
 
     def _lose(self, lost: tuple[str, ...], code: str, message: str, *, counts: bool) -> None:

@@ -35,9 +35,9 @@ class Trend:
 
     @property
     def is_within_noise(self) -> bool:
-        """Whether the slope may as well be none, or comes to less than 1 % over the run."""
-        unsure = abs(self.slope_per_h) <= _SURE * self.error_per_h
-        return unsure or abs(self.change) <= _NEGLIGIBLE
+        """Whether any growth may as well be none, or comes to less than 1 % over the run."""
+        unsure = self.slope_per_h <= _SURE * self.error_per_h
+        return unsure or self.change <= _NEGLIGIBLE
 
     def to_json(self) -> dict[str, float | bool]:
         """Return it as a part of a JSON document."""
