@@ -141,6 +141,7 @@ class Agent:
             self._presence.answer,
         )
         self._intake.unread = self._session.take_unread
+        self._writer.seen_ms = self._retention.seen_ms
         self._session.watch_mailbox(self._mailbox.qsize)
         self._inbox = Inbox(settings, self._clock, self._intake.build_job, self._read_jobs, post)
         self._writer.attach(

@@ -176,6 +176,8 @@ class Writer(threading.Thread):
         self._was_quiet = False
         self.turns = 0
         self.why_stuck: str | None = None
+        self.seen_ms: Callable[[], int | None] = lambda: None
+        """Returns a time that is surely not ahead, None for the wall clock's."""
 
     def attach(
         self,
@@ -360,7 +362,9 @@ class Writer(threading.Thread):
             self._next_measure = _plan_next(now, _MEASURE_S)
         if now >= self._next_bound:
             wall_ms = self._ledger.wall_ms()
-            self._ledger.results_full = bounds.enforce(tx, self._topics, self._bounds, wall_ms)
+            self._ledger.results_full = bounds.enforce(
+                tx, self._topics, self._bounds, wall_ms, self.seen_ms()
+            )
             self._next_bound = _plan_next(now, _BOUND_S)
 
     def _follow_connections(self, tx: Connection, batch: _Batch, effects: _Effects) -> None:

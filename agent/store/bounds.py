@@ -57,12 +57,26 @@ class OutboxBounds:
     telemetry: int
 
 
-def enforce(tx: Connection, topics: Topics, bounds: OutboxBounds, now_ms: int) -> bool:
+def enforce(
+    tx: Connection,
+    topics: Topics,
+    bounds: OutboxBounds,
+    now_ms: int,
+    seen_ms: int | None = None,
+) -> bool:
     """Drop what is over the bounds, with gap records; say whether results have no room.
 
     Looks at every record: for once in a while.
+
+    Args:
+        tx: the caller's transaction.
+        topics: where gap records go.
+        bounds: how much may wait.
+        now_ms: wall time.
+        seen_ms: the time that is surely not ahead, by which results grow old; else wall time.
     """
-    _drop_old_results(tx, topics, now_ms - bounds.result_days * _DAY_MS, now_ms)
+    aged_ms = (now_ms if seen_ms is None else seen_ms) - bounds.result_days * _DAY_MS
+    _drop_old_results(tx, topics, aged_ms, now_ms)
     sizes = outbox.measure_classes(tx)
     results_full = False
     _, result_bytes = sizes.get(Rank.RESULT, (0, 0))

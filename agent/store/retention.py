@@ -96,6 +96,14 @@ class Retention:
         save_counter(tx, _HORIZON, horizon_ms)
         self._floor = floor_id(horizon_ms)
 
+    def seen_ms(self) -> int:
+        """Return a time that is not ahead: the smaller of the clock and the newest id seen.
+
+        0 where no console has sent anything yet.
+        """
+        newest_ms = id_time_ms(self._newest + "0" * 16) if self._newest else 0
+        return min(self._clock.wall_ms(), newest_ms)
+
     def _bound_by_count(self, tx: Connection, seen_ms: int) -> int:
         """Return the horizon that leaves as many ends as may be kept, a day of them at least."""
         surplus = int(_COUNT_ENDED.fetch(tx)[0][0]) - _KEEP_ENDS

@@ -77,6 +77,14 @@ def test_results_beyond_their_age_go_and_make_room(store: Store) -> None:
     assert count_class(store, Rank.RESULT) == 5
 
 
+def test_clock_that_jumps_ahead_makes_no_result_old(store: Store) -> None:
+    add_results(store, 5)
+    seen_ms = store.clock.wall
+    store.clock.wall += 365 * DAY_MS
+    store.run(lambda tx: bounds.enforce(tx, store.topics, LIMITS, store.clock.wall, seen_ms))
+    assert count_class(store, Rank.RESULT) == 5
+
+
 def test_results_that_are_to_be_kept_stay_and_refuse_new_ones(store: Store) -> None:
     add_results(store, 12, keep=True)
     assert enforce(store) is True
