@@ -4,7 +4,9 @@
 that name; `name:3` at the third passing. In a test build only: that is a
 checkout with its tests beside it. An installed Edgeward ignores the variable.
 
-`POINTS` is the list; a test walks it and compares it with the code.
+`POINTS` is the list: its first word says which part of the box passes the
+point, its second what has just been done there. tests/fault/test_fault_points.py
+ends the box at each of them, and a test compares the list with the code.
 """
 
 import os
@@ -28,7 +30,9 @@ POINTS = (
     "outbox.published",
     "outbox.acknowledged",
     "outbox.forgotten",
+    "outbox.bounded",
     "sync.answered",
+    "retention.forgotten",
     "recovery.migrated",
     "recovery.counted",
     "recovery.started",
@@ -38,7 +42,11 @@ POINTS = (
     "inbox.claimed",
     "inbox.submitted",
     "inbox.delivered",
+    "inbox.explained",
     "inbox.moved",
+    "spool.taken",
+    "spool.posted",
+    "spool.removed",
 )
 
 

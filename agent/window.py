@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # Openings are looked for this far back at least, so that daylight saving cannot hide one.
 _MARGIN = timedelta(hours=2)
+_CRON_FIELDS = 5
 # How soon a closed predicate is looked at again.
 RECHECK_S = 30.0
 
@@ -33,6 +34,10 @@ class Window(BaseModel):
     @classmethod
     def _check_cron(cls, cron: str | None) -> str | None:
         if cron is not None:
+            # The library knows a sixth field, seconds: 7,200 openings to look through each time.
+            if len(cron.split()) != _CRON_FIELDS:
+                msg = f"{cron!r} is no cron expression: it has five fields"
+                raise ValueError(msg)
             _iterate(cron, datetime(2026, 1, 1))
         return cron
 

@@ -55,7 +55,11 @@ log = logging.getLogger(__name__)
 # A bundle should not hold a worker's thread much longer, so that urgent work gets its turn.
 _BUNDLE_TARGET_MS = 250.0
 _CHECK_PERIOD_S = 1.0
+# A closed window is looked at again so often: the wall clock may be set meanwhile, and where
+# daylight saving begins, an opening comes an hour sooner than it seemed.
+_WINDOW_RECHECK_S = 300.0
 _IDLE_CHECK_S = 3.0
+_LOOK_SHARE = 0.4
 # So many tasks keep the workers of a lane busy until the next turn.
 _FED = 4
 _GROW_MS = 50
@@ -229,7 +233,7 @@ class Dispatcher(threading.Thread):
         if window is None:
             return 0.0
         closed = find_closed(window, self._local_time(), self._view_box())
-        return closed.wait_s if closed else 0.0
+        return min(closed.wait_s, _WINDOW_RECHECK_S) if closed else 0.0
 
     def _local_time(self) -> datetime:
         # Windows are in the local time of the people near the box.
@@ -488,12 +492,15 @@ class Dispatcher(threading.Thread):
         """Give up tasks that nobody has known of for `lost_after_s`."""
         now_ms = self._clock.boot_ms()
         limit_ms = now_ms - int(self._limits.lost_after_s * 1000)
+        # Looked for sooner than given up: else a task seen in the broker long ago, and taken just
+        # now by a worker that has not told yet, would be lost at once, and run twice.
+        look_ms = now_ms - int(self._limits.lost_after_s * 1000 * _LOOK_SHARE)
         held = self._held_now()
         with self._lock:
             suspects = {
                 task_id: task.lane
                 for task_id, task in self._under_way.items()
-                if task.sent and task.seen_ms <= limit_ms and task_id not in held
+                if task.sent and task.seen_ms <= look_ms and task_id not in held
             }
         if not suspects:
             return
@@ -502,7 +509,11 @@ class Dispatcher(threading.Thread):
             for task_id in queued & suspects.keys():
                 if task_id in self._under_way:
                     self._under_way[task_id].seen_ms = now_ms
-        lost = tuple(task_id for task_id in suspects if task_id not in queued)
+            lost = tuple(
+                task_id
+                for task_id in suspects.keys() - queued
+                if task_id in self._under_way and self._under_way[task_id].seen_ms <= limit_ms
+            )
         self._lose(lost, "worker_lost", "the worker that ran it is gone", counts=True)
 
     def _lose(self, lost: tuple[str, ...], code: str, message: str, *, counts: bool) -> None:

@@ -5,8 +5,12 @@
         ──rename──►  inbox/<model>/done/photo.png, or failed/ with a reason file
 
 The place of the input file is the state: a file in `.work` is not delivered
-yet. After a crash at any step, the next start finds it there and goes on from
-what the ledger and the results file say; so no result is lost or repeated.
+yet. Whenever a file is found there that is not known to be under way (after a
+crash at any step, or on a stick that is back), it goes on from what the ledger
+and the results file say; so no result is lost or repeated.
+
+What is wrong with one folder (not readable, read-only, full, gone) holds up no
+other folder. It is logged once when it begins and once when it is over.
 
 A file is complete when nobody has it open for writing (a kernel lease tells,
 on a local Linux file system) and it has not changed for `settle_s`.
@@ -22,6 +26,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,7 @@ from agent.config import Settings
 from agent.daemon.intake import refuse
 from agent.daemon.messages import Message, Released, Spooled
 from agent.errors import AgentError, CommandError, MalformedError, ModelNotFoundError
+from agent.faults import reach
 from agent.fileio import append_line, fsync_dir, write_atomic
 from agent.jobs import ENDS, JobState, Source
 from agent.store.ledger import EndedJob, NewJob
@@ -100,7 +107,15 @@ class Inbox(threading.Thread):
         self._written: set[str] = set()
         self._seen: dict[Path, tuple[int, int, int]] = {}
         self._ended: deque[str] = deque()
+        self._is_recovered = False
+        self._trouble: dict[Path, str] = {}
+        """What is wrong with which folder in this turn; `_told` is what the log says already."""
+        self._told: dict[Path, str] = {}
         self.turns = 0
+
+    def list_undelivered(self) -> list[str] | None:
+        """Return the jobs whose files wait for their result; None before that is known."""
+        return list(self._working) if self._is_recovered else None
 
     def notify_ended(self, ended: Iterable[EndedJob]) -> None:
         """Take note of folder jobs that ended; called by the writer after its commit."""
@@ -111,16 +126,15 @@ class Inbox(threading.Thread):
 
     def run(self) -> None:
         """Scan and deliver until stopped."""
-        (self._inbox / COMMANDS).mkdir(parents=True, exist_ok=True)
-        recovered = False
         while not self._stopping.is_set():
             try:
-                if not recovered:
+                if not self._is_recovered:
                     self._recover()
-                    recovered = True
+                    self._is_recovered = True
                 self._turn()
             except (OSError, TimeoutError) as exc:
-                log.warning("inbox: %s; looking again in %s s", exc, self._settings.inbox.scan_s)
+                self._note(self._inbox, exc)
+            self._tell_trouble()
             self.turns += 1
             self._wake.wait(self._settings.inbox.scan_s)
             self._wake.clear()
@@ -128,16 +142,47 @@ class Inbox(threading.Thread):
     def _turn(self) -> None:
         self._deliver_ended()
         for path in self._iter_commands():
-            _attempt(path, self._take_command)
+            self._attempt(path, self._take_command)
         for path in self._find_complete():
-            _attempt(path, self._claim)
+            self._attempt(path, self._claim)
+        self._adopt()
         self._submit_claimed()
+
+    def _attempt(self, path: Path, take: Callable[[Path], None]) -> None:
+        """Take one file; one that cannot be taken must not hold up the others."""
+        try:
+            take(path)
+        except OSError as exc:
+            self._note(path.parent, exc)
+
+    def _note(self, folder: Path, exc: OSError) -> None:
+        """Take note of what is wrong with a folder; the first of a turn stands for all."""
+        self._trouble.setdefault(folder, exc.strerror or str(exc) or type(exc).__name__)
+
+    def _tell_trouble(self) -> None:
+        """Log what has begun and what is over since the last turn."""
+        trouble, self._trouble = self._trouble, {}
+        for folder, text in trouble.items():
+            if folder not in self._told:
+                log.warning(
+                    "%s: %s; trying again every %g s", folder, text, self._settings.inbox.scan_s
+                )
+        for folder in self._told.keys() - trouble.keys():
+            log.info("%s: served again", folder)
+        self._told = trouble
 
     # --- from file to job ------------------------------------------------------------------
 
     def _iter_models(self) -> Iterator[Path]:
         for folder in sorted(self._inbox.iterdir()):
-            if folder.is_dir() and not folder.is_symlink() and folder.name[0] not in "._":
+            if folder.name[0] in "._":
+                continue
+            try:
+                is_folder = folder.is_dir() and not folder.is_symlink()
+            except OSError as exc:
+                self._note(folder, exc)
+                continue
+            if is_folder:
                 yield folder
 
     def _find_complete(self) -> list[Path]:
@@ -145,8 +190,7 @@ class Inbox(threading.Thread):
         now_ms = self._clock.boot_ms()
         complete: list[Path] = []
         seen: dict[Path, tuple[int, int, int]] = {}
-        for path in self._iter_files():
-            stat = path.stat(follow_symlinks=False)
+        for path, stat in self._iter_files():
             size, changed, since = self._seen.get(path, (-1, -1, now_ms))
             if (size, changed) != (stat.st_size, stat.st_mtime_ns):
                 since = now_ms
@@ -158,12 +202,14 @@ class Inbox(threading.Thread):
         self._seen = seen
         return complete
 
-    def _iter_files(self) -> Iterator[Path]:
+    def _iter_files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for model in self._iter_models():
-            for entry in sorted(os.scandir(model), key=lambda item: item.name):
-                partial = entry.name.startswith(".") or entry.name.endswith(_PARTIAL_SUFFIXES)
-                if not partial and entry.is_file(follow_symlinks=False):
-                    yield Path(entry.path)
+            try:
+                files = _list_files(model)
+            except OSError as exc:
+                self._note(model, exc)
+                continue
+            yield from files
 
     def _claim(self, path: Path) -> None:
         """Move a complete file to `.work`, under a new job's id; set a nameless one aside.
@@ -181,6 +227,7 @@ class Inbox(threading.Thread):
         claimed = work / f"{job_id}{_SEPARATOR}{path.name}"
         path.rename(claimed)
         fsync_dir(work)
+        reach("inbox.claimed")
         self._working[job_id] = claimed
 
     def _submit_claimed(self) -> None:
@@ -199,6 +246,7 @@ class Inbox(threading.Thread):
         envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
         job = self._check(envelope, job_id, Source.FOLDER)
         self._post(Spooled(Source.FOLDER, job=job))
+        reach("inbox.submitted")
         if job.state in ENDS:
             # Refused at the door: nothing will call when it ends, so look after the commit.
             self._post(Spooled(Source.FOLDER, done=lambda: self._notice(job_id)))
@@ -234,14 +282,16 @@ class Inbox(threading.Thread):
             path.rename(path.with_suffix(f".{exc.code}"))
             return
         path.rename(path.with_suffix(".taken"))
+        reach("spool.taken")
         self._post(message)
+        reach("spool.posted")
 
     def _read_trust(self, envelope: Envelope, path: Path) -> Released:
         model, version = envelope.body.get("model"), envelope.body.get("version")
         if not isinstance(model, str) or not isinstance(version, str):
             msg = f"{path.name}: body.model and body.version are texts"
             raise MalformedError(msg)
-        return Released(model, version, lambda: path.with_suffix(".taken").unlink(missing_ok=True))
+        return Released(model, version, lambda: _remove_taken(path))
 
     def _read_job_command(self, envelope: Envelope, path: Path) -> Spooled:
         job_id = str(envelope.body.get("job_id", ""))
@@ -251,9 +301,7 @@ class Inbox(threading.Thread):
         return self._read_command(envelope, job_id, path)
 
     def _read_command(self, envelope: Envelope, job_id: str, path: Path) -> Spooled:
-        def remove() -> None:
-            path.with_suffix(".taken").unlink(missing_ok=True)
-
+        remove = partial(_remove_taken, path)
         if envelope.type == CANCEL:
             return Spooled(Source.LOCAL, cancel=job_id, done=remove)
         job = self._check(envelope, job_id, Source.LOCAL)
@@ -265,15 +313,21 @@ class Inbox(threading.Thread):
         waiting = list(self._ended)
         # Read before they are taken off: where the store does not answer, they stay.
         rows = self._read_jobs(waiting) if waiting else {}
+        stuck: set[Path] = set()
         for job_id in waiting:
             self._ended.popleft()
             path, row = self._working.get(job_id), rows.get(job_id)
             if path is None or row is None or row["state"] not in ENDS:
                 continue
+            if path.parent in stuck:
+                # One write to a full disk a turn tells enough.
+                self._ended.append(job_id)
+                continue
             try:
                 self._deliver_one(job_id, path, row)
             except OSError as exc:
-                log.warning("result of %s not delivered yet: %s", path.name, exc)
+                stuck.add(path.parent)
+                self._note(Path(exc.filename or self._outbox / path.parent.parent.name), exc)
                 self._ended.append(job_id)
 
     def _deliver_one(self, job_id: str, path: Path, row: dict[str, Any]) -> None:
@@ -283,13 +337,20 @@ class Inbox(threading.Thread):
             if job_id not in self._written:
                 append_line(self._results_file(model.name, row), _result_line(name, row))
                 self._written.add(job_id)
-            target = choose_target(model / DONE, name, job_id)
+                reach("inbox.delivered")
+            target = choose_target(model / DONE, name, job_id) if path.exists() else path
+        elif not path.parent.is_dir():
+            # Its stick was pulled: this goes on when it is back. Nothing is written into the
+            # empty folder that it leaves.
+            target = path
         else:
             target = choose_target(model / FAILED, name, job_id)
             write_atomic(target.with_name(target.name + ".reason.json"), _reason_text(name, row))
+            reach("inbox.explained")
         if path.exists():
             path.rename(target)
             fsync_dir(target.parent)
+            reach("inbox.moved")
         else:
             log.warning("%s was taken away while its job ran", path)
         self._working.pop(job_id, None)
@@ -304,29 +365,61 @@ class Inbox(threading.Thread):
 
     def _recover(self) -> None:
         """Go on from where the last run stopped: what is in `.work` is not delivered."""
-        for taken in (self._inbox / COMMANDS).glob("*.taken"):
-            taken.rename(taken.with_suffix(".json"))
-        for model in self._iter_models():
-            for path in sorted((model / WORK).glob(f"*{_SEPARATOR}*")):
-                job_id = path.name.partition(_SEPARATOR)[0]
-                if JOB_ID_PATTERN.fullmatch(job_id):
-                    self._working[job_id] = path
-        if not self._working:
+        commands = self._inbox / COMMANDS
+        try:
+            commands.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            # A folder below may be another disk, and writable.
+            self._note(commands, exc)
+        for taken in commands.glob("*.taken"):
+            self._attempt(taken, lambda path: _rename_to(path, ".json"))
+        self._adopt()
+        if self._working:
+            log.info("inbox: %d files were under way", len(self._working))
+
+    def _adopt(self) -> None:
+        """Take over what is in `.work` and not known to be under way.
+
+        It is there after a crash, after an error in the middle of a claim, and when a
+        stick is back that was pulled.
+        """
+        found = {job_id: path for job_id, path in self._iter_work() if job_id not in self._working}
+        if not found:
             return
-        rows = self._read_jobs(list(self._working))
-        read: set[Path] = set()
-        for job_id, path in list(self._working.items()):
+        rows = self._read_jobs(list(found))
+        delivered: dict[Path, set[str]] = {}
+        for job_id, path in found.items():
             row = rows.get(job_id)
-            if row is None:
-                continue  # the crash came before the commit: it is submitted again
-            self._submitted.add(job_id)
-            if row["state"] in ENDS:
+            if row is not None and row["state"] in ENDS:
                 file = self._results_file(path.parent.parent.name, row)
-                if file not in read:
-                    read.add(file)
-                    self._written |= read_delivered(file)
+                try:
+                    if file not in delivered:
+                        delivered[file] = read_delivered(file)
+                except OSError as exc:
+                    # Without it nobody knows what was delivered: later.
+                    self._note(file, exc)
+                    continue
+                self._written |= delivered[file] & {job_id}
                 self._ended.append(job_id)
-        log.info("inbox: %d files were under way", len(self._working))
+            # Without a row the crash came before the commit: it is submitted again.
+            self._working[job_id] = path
+            if row is not None:
+                self._submitted.add(job_id)
+
+    def _iter_work(self) -> Iterator[tuple[str, Path]]:
+        for model in self._iter_models():
+            work = model / WORK
+            try:
+                paths = sorted(work.iterdir())
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                self._note(model, exc)
+                continue
+            for path in paths:
+                job_id, separator, _ = path.name.partition(_SEPARATOR)
+                if separator and JOB_ID_PATTERN.fullmatch(job_id):
+                    yield job_id, path
 
     def stop(self) -> None:
         """End the thread."""
@@ -335,12 +428,29 @@ class Inbox(threading.Thread):
         self.join(5.0)
 
 
-def _attempt(path: Path, take: Callable[[Path], None]) -> None:
-    """Take one file; one that cannot be taken must not hold up the others."""
-    try:
-        take(path)
-    except OSError as exc:
-        log.warning("%s: %s; trying again", path, exc.strerror)
+def _list_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """Return the files of a folder that may be complete, by name.
+
+    What is taken away while it looks is left out.
+    """
+    found: list[tuple[Path, os.stat_result]] = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda item: item.name):
+            partial_name = entry.name.startswith(".") or entry.name.endswith(_PARTIAL_SUFFIXES)
+            with suppress(FileNotFoundError):
+                if not partial_name and entry.is_file(follow_symlinks=False):
+                    found.append((Path(entry.path), entry.stat(follow_symlinks=False)))
+    return found
+
+
+def _rename_to(path: Path, suffix: str) -> None:
+    path.rename(path.with_suffix(suffix))
+
+
+def _remove_taken(path: Path) -> None:
+    """Remove a command whose effect is committed."""
+    path.with_suffix(".taken").unlink(missing_ok=True)
+    reach("spool.removed")
 
 
 def _is_utf8(name: bytes) -> bool:
@@ -422,7 +532,9 @@ def choose_target(folder: Path, name: str, job_id: str) -> Path:
 
 def _result_line(name: str, row: dict[str, Any]) -> str:
     result = json.loads(row["result"] or "{}")
-    return json.dumps({"file": name, "state": row["state"], **result}, ensure_ascii=False)
+    # The id also where the result was forgotten since: by it a line is known to be delivered.
+    head = {"file": name, "state": row["state"], "job_id": row["job_id"]}
+    return json.dumps(head | result, ensure_ascii=False)
 
 
 def _reason_text(name: str, row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ Source: docs/protocol.md, "Jobs", rules 1–4 and 7; "Reconcile".
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from sqlalchemy import Connection
 
@@ -22,7 +23,6 @@ from agent.commands import (
     SubmitBody,
     check_type,
     decode_envelope,
-    encode,
     encode_body,
     hash_text,
     parse_ack,
@@ -45,7 +45,7 @@ from agent.errors import (
 from agent.jobs import JobState, Reason, Source
 from agent.store.ledger import EndedJob, Ledger, NewJob, Verdict
 from agent.store.options import pack_options
-from agent.store.retention import Retention
+from agent.store.retention import Retention, id_time_ms
 from agent.topics import (
     JOB_ID_PATTERN,
     CommandAddress,
@@ -57,6 +57,8 @@ from agent.topics import (
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_MS = 1000
+# What a sender wrote may come back in a message: not all of it.
+_MESSAGE_CHARS = 512
 
 
 @dataclass
@@ -79,12 +81,19 @@ class IntakeResult:
     console: ConsoleNews = field(default_factory=ConsoleNews)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    job_id: str
+    source: Source
+
+
 @dataclass
 class _Batch:
     """One turn's messages, sorted."""
 
-    jobs: list[NewJob] = field(default_factory=list)
-    cancels: dict[str, Source] = field(default_factory=dict)
+    steps: list[NewJob | _Cancel] = field(default_factory=list)
+    """In the order of arrival: whether a cancel comes before a job of the same `dedupe_key`
+    decides whether that is accepted."""
     lost: list[str] = field(default_factory=list)
     """Jobs that a console sends because it missed their end: it wants the results too."""
     unknown: list[str] = field(default_factory=list)
@@ -147,11 +156,13 @@ class Intake:
         """Write a batch of messages; the caller acknowledges them after its commit."""
         result = IntakeResult()
         batch = _Batch(
-            jobs=[item.job for item in spooled if item.job is not None],
-            cancels={item.cancel: item.source for item in spooled if item.cancel is not None},
-            room=self._settings.limits.open_jobs - open_jobs,
-            is_storage_low=is_storage_low,
+            room=self._settings.limits.open_jobs - open_jobs, is_storage_low=is_storage_low
         )
+        for item in spooled:
+            if item.job is not None:
+                batch.steps.append(item.job)
+            if item.cancel is not None:
+                batch.steps.append(_Cancel(item.cancel, item.source))
         for message in received:
             try:
                 self._sort(message, batch, result)
@@ -162,15 +173,19 @@ class Intake:
         return result
 
     def _write(self, tx: Connection, batch: _Batch, result: IntakeResult) -> None:
-        accepted = self._ledger.accept(tx, batch.jobs, with_results=batch.lost)
-        result.ended += accepted.ended
-        result.accepted = sum(
-            verdict is Verdict.ACCEPTED and job.state is JobState.QUEUED
-            for job, verdict in zip(batch.jobs, accepted.verdicts, strict=True)
-        )
-        for source in set(batch.cancels.values()):
-            ids = [job_id for job_id, origin in batch.cancels.items() if origin is source]
-            result.ended += self._ledger.cancel(tx, ids, source)
+        # Runs of one kind are written together.
+        for source, run in groupby(batch.steps, _cancels_of):
+            if source is None:
+                jobs = [step for step in run if isinstance(step, NewJob)]
+                accepted = self._ledger.accept(tx, jobs, with_results=batch.lost)
+                result.ended += accepted.ended
+                result.accepted += sum(
+                    verdict is Verdict.ACCEPTED and job.state is JobState.QUEUED
+                    for job, verdict in zip(jobs, accepted.verdicts, strict=True)
+                )
+            else:
+                job_ids = list(dict.fromkeys(step.job_id for step in run))
+                result.ended += self._ledger.cancel(tx, job_ids, source)
         if batch.unknown:
             self._ledger.report_again(tx, batch.unknown)
 
@@ -180,9 +195,9 @@ class Intake:
                 _check_job_id(job_id)
                 if cancel:
                     self._check_cancel(message)
-                    batch.cancels[job_id] = Source.MQTT
+                    batch.steps.append(_Cancel(job_id, Source.MQTT))
                 else:
-                    batch.jobs.append(self._read_job(message, job_id, batch))
+                    batch.steps.append(self._read_job(message, job_id, batch))
             case CommandAddress(name, broadcast):
                 result.replies.append(self._answer(name, message, broadcast))
             case DocumentAddress("ack"):
@@ -217,13 +232,13 @@ class Intake:
             result.console.replay_after = body.acked_seq
         for job_id in body.cancel:
             _check_job_id(job_id)
-            batch.cancels[job_id] = Source.MQTT
+            batch.steps.append(_Cancel(job_id, Source.MQTT))
         batch.unknown += body.unknown
         for document in body.missing:
-            payload = encode(document).encode()
+            payload = encode_body(document).encode()
             job_id = _find_job_id(document)
             whole = Received(message.conn, 0, self._topics.submit(job_id), payload)
-            batch.jobs.append(self._read_job(whole, job_id, batch))
+            batch.steps.append(self._read_job(whole, job_id, batch))
             batch.lost.append(job_id)
 
     # --- jobs --------------------------------------------------------------------------------
@@ -233,7 +248,8 @@ class Intake:
         self._retention.observe(job_id)
         try:
             envelope = self._decode(message)
-            text = encode_body(envelope.body)
+            # The id stands in the topic or the body; a body is the same one with and without it.
+            text = encode_body({k: v for k, v in envelope.body.items() if k != "job_id"})
         except CommandError as exc:
             return refuse(job_id, Source.MQTT, exc, hash_text(message.payload))
         try:
@@ -244,7 +260,7 @@ class Intake:
             return refuse(job_id, Source.MQTT, exc, hash_text(text), text)
 
     def _check_room(self, batch: _Batch) -> None:
-        if batch.room - len(batch.jobs) <= 0:
+        if batch.room - len(batch.steps) <= 0:
             limit = self._settings.limits.open_jobs
             msg = f"{limit} jobs are open; wait until some have ended"
             raise QueueFullError(msg)
@@ -272,13 +288,15 @@ class Intake:
             raise ModelNotFoundError(msg)
         self._verify_served(body.model, body.version)
         limits = self._settings.limits
-        now_ms = self._clock.wall_ms()
+        # No job comes before it was made. A box that wakes up in 1970 would otherwise place
+        # `not_before` decades ahead on its boot clock, and leave it there when it has the time.
+        now_ms = max(self._clock.wall_ms(), id_time_ms(job_id))
         left_ms = self._time_left_ms(envelope, body, expiry_s, now_ms)
         late = left_ms is not None and left_ms <= 0
         reason = Reason("deadline_passed", "the job arrived after its deadline") if late else None
-        # What the broker still counts down is not old, nor what this box has just made.
-        is_remote = source is Source.MQTT and expiry_s is None
-        if is_remote and self._retention.is_forgotten(job_id):
+        # What this box has just made is not old. A message that the broker still counts down may
+        # be: its sender gave it a new life, and an id that was forgotten must not run again.
+        if source is Source.MQTT and self._retention.is_forgotten(job_id):
             late, reason = True, Reason("too_old", "the job is older than ends are remembered")
         not_before_ms = parse_at(envelope.not_before) if envelope.not_before else None
         boot_ms = self._clock.boot_ms()
@@ -339,7 +357,7 @@ class Intake:
         body: dict[str, object] = {
             "code": exc.code,
             "topic": message.topic[:256],
-            "message": str(exc),
+            "message": str(exc)[:_MESSAGE_CHARS],
         }
         self._ledger.add_event(tx, "bad_command", body)
 
@@ -355,6 +373,11 @@ class Intake:
                 "message": "more bad commands than are reported one by one",
             }
             self._ledger.add_event(tx, "bad_command", body)
+
+
+def _cancels_of(step: NewJob | _Cancel) -> Source | None:
+    """Return whose cancel a step is, None for a job."""
+    return step.source if isinstance(step, _Cancel) else None
 
 
 def _check_job_id(job_id: str) -> None:
@@ -387,7 +410,7 @@ def _place(not_before_ms: int | None, now_ms: int, boot_ms: int) -> int | None:
 
 def refuse(job_id: str, source: Source, exc: AgentError, body_hash: str, body: str = "") -> NewJob:
     """Return a job that ends as `rejected` for this reason."""
-    reason = Reason(exc.code, str(exc))
+    reason = Reason(exc.code, str(exc)[:_MESSAGE_CHARS])
     return NewJob(
         job_id, source, body=body, body_hash=body_hash, state=JobState.REJECTED, reason=reason
     )

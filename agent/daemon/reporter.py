@@ -32,6 +32,7 @@ from agent.store.outbox import Record
 EARLY_HOLD_MS = 20
 _BUSY_WAITING = 64
 _HISTORIC_AFTER_MS = 60_000
+_REPLAY_EVERY_MS = 1000
 _ACKED = "acked"
 
 
@@ -77,15 +78,21 @@ class Reporter:
         self._last_seq = 0
         self._resend_after = 0
         self._resend_upto = 0
+        self._replay_from = 0
+        self._replay_again_ms = 0
         self._boot = 0
+        self._ledger = ""
         self._acked = 0
+        self._heard: ConsoleNews | None = None
+        """What this turn's transaction took in of the console; memory follows in `settle`."""
         self._console_acks = self._mode == "console"
         self.counts = OutboxCounts()
         self.has_more = False
 
-    def start(self, tx: Connection, boot: int) -> None:
+    def start(self, tx: Connection, boot: int, ledger: str) -> None:
         """Take over where the last run left off."""
         self._boot = boot
+        self._ledger = ledger
         self._last_seq = outbox.read_counter(tx, "seq")
         self._acked = outbox.read_counter(tx, _ACKED)
         if self._mode == "auto":
@@ -105,7 +112,7 @@ class Reporter:
         self._window = min(self._limit, event.receive_maximum)
         self._in_flight.clear()
         if self._oldest_in_flight is not None:
-            self._resend_after = self._oldest_in_flight - 1
+            self._resend_after = self._replay_from = self._oldest_in_flight - 1
             self._resend_upto = self._last_seq
         else:
             self._resend_after = self._resend_upto = 0
@@ -146,30 +153,34 @@ class Reporter:
         return len(seqs)
 
     def hear(self, tx: Connection, news: ConsoleNews) -> None:
-        """Act on what a console acknowledges or misses.
+        """Write what a console acknowledges; then `settle`, which also sends again what it misses.
 
         A number that was never given is not believed: it is another ledger's.
         """
+        # A turn that failed is run again, and must find all of this to do again.
+        self._heard = None
         acked = news.acked_seq
         if acked is None or self._mode == "broker" or acked > self._last_seq:
             return
         if not self._console_acks:
-            self._console_acks = True
             save_fact(tx, CONSOLE_ACKS, "1")
         if acked > self._acked:
             outbox.delete_upto(tx, acked)
             outbox.save_counter(tx, _ACKED, acked)
-            self._acked = acked
             reach("outbox.forgotten")
-        if news.replay_after is not None and self._conn is not None:
-            self._replay(news.replay_after)
+        self._heard = news
 
     def _replay(self, after: int) -> None:
         """Send again what the console does not have; what is being sent again goes on."""
-        if self._resend_after < self._resend_upto:
-            self._resend_after = min(self._resend_after, after)
-        else:
-            self._resend_after = after
+        is_running = self._resend_after < self._resend_upto
+        # A console that asks again while the answer is on its way must not begin it anew, and
+        # many that ask must not make the device send its outbox for each.
+        now_ms = self._clock.boot_ms()
+        if now_ms < self._replay_again_ms and after >= self._replay_from:
+            return
+        if not is_running or after < self._replay_from:
+            self._resend_after = self._replay_from = after
+            self._replay_again_ms = now_ms + _REPLAY_EVERY_MS
         self._resend_upto = self._last_seq
         self.has_more = True
         reach("sync.answered")
@@ -179,14 +190,22 @@ class Reporter:
         for ack in acks:
             if ack.conn == self._conn:
                 self._in_flight.pop(ack.mid, None)
-        if selected.last_seq is None:
-            return
+        if selected.last_seq is not None:
+            self._settle_selected(selected, selected.last_seq)
+        heard, self._heard = self._heard, None
+        if heard is not None:
+            self._console_acks = True
+            self._acked = max(self._acked, heard.acked_seq or 0)
+            if heard.replay_after is not None and self._conn is not None:
+                self._replay(heard.replay_after)
+
+    def _settle_selected(self, selected: Selected, last_seq: int) -> None:
         records = selected.records
         if records and records[-1].seq is not None and records[-1].seq <= self._last_seq:
             self._resend_after = records[-1].seq
             self.counts.republished += len(records)
             self.has_more = True
-        self._last_seq = selected.last_seq
+        self._last_seq = last_seq
 
     def select(self, tx: Connection, waiting_jobs: int, freed: int) -> Selected:
         """Return the next records to publish, numbered in this transaction.
@@ -250,5 +269,6 @@ class Reporter:
         return (
             f'{{"v":1,"id":"{message_id}","type":"{record.type}",'
             f'"ts":"{format_ms(record.created_ms)}","seq":{record.seq},"boot":{self._boot},'
+            f'"ledger":"{self._ledger}",'
             f'"hist":{"true" if late else "false"},"body":{record.body}}}'
         )

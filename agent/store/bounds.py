@@ -4,22 +4,27 @@
 | --- | --- | --- |
 | P0 states, reported | none | nothing |
 | P1 results | bytes, age | the oldest; those of `keep_oldest` jobs stay and refuse new ones |
-| P2 events | count | the oldest |
-| P3 telemetry | count | every second one, three times; then the oldest |
+| P2 events | count | the oldest; gap records do not count and stay |
+| P3 telemetry | count | of what is not published yet every second, three times; then the oldest |
 
 Nothing is dropped in silence: what had no number on the wire yet is given one,
 and a gap record names the numbers. So whoever counts what arrived and what the
 gap records name has counted everything.
 
+Gap records that nobody acknowledges are merged where the numbers they name
+touch, so that they are never more than the records that are left between them.
+
 All functions run inside the caller's transaction.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, delete, func, select
 
+from agent.faults import reach
 from agent.store import outbox
 from agent.store.outbox import Rank
 from agent.store.records import KEPT_RESULT, build_event
@@ -36,6 +41,10 @@ _AT_ONCE = 4096
 _THINNINGS = 3
 _THINNED = "telemetry_thinned"
 _DAY_MS = 86_400_000
+# More gap records than that are looked at, whether some can be one.
+_GAPS = 256
+_GAPS_LEFT = "gaps_left"
+_IS_GAP = _OUTBOX.c.topic.like(f"%/{GAP}")
 
 
 @dataclass(frozen=True)
@@ -48,28 +57,45 @@ class OutboxBounds:
     telemetry: int
 
 
-def enforce(tx: Connection, topics: Topics, bounds: OutboxBounds, now_ms: int) -> bool:
+def enforce(
+    tx: Connection,
+    topics: Topics,
+    bounds: OutboxBounds,
+    now_ms: int,
+    seen_ms: int | None = None,
+) -> bool:
     """Drop what is over the bounds, with gap records; say whether results have no room.
 
     Looks at every record: for once in a while.
+
+    Args:
+        tx: the caller's transaction.
+        topics: where gap records go.
+        bounds: how much may wait.
+        now_ms: wall time.
+        seen_ms: the time that is surely not ahead, by which results grow old; else wall time.
     """
+    aged_ms = (now_ms if seen_ms is None else seen_ms) - bounds.result_days * _DAY_MS
+    _drop_old_results(tx, topics, aged_ms, now_ms)
     sizes = outbox.measure_classes(tx)
-    _drop_old_results(tx, topics, now_ms - bounds.result_days * _DAY_MS, now_ms)
     results_full = False
     _, result_bytes = sizes.get(Rank.RESULT, (0, 0))
     if result_bytes > bounds.result_bytes:
         excess = result_bytes - int(bounds.result_bytes * _LEAVE)
         results_full = _drop_results(tx, topics, excess, now_ms) < excess
-    events, _ = sizes.get(Rank.EVENT, (0, 0))
+    # Gap records are events too; one that is dropped would be loss in silence.
+    gaps = _count_gaps(tx)
+    events = sizes.get(Rank.EVENT, (0, 0))[0] - gaps
     if events > bounds.events:
         rows = _oldest(tx, Rank.EVENT, events - int(bounds.events * _LEAVE))
-        # Gap records are events too; one that is dropped would be loss in silence.
         _drop(tx, topics, Rank.EVENT, rows, "outbox_full", now_ms)
     telemetry, _ = sizes.get(Rank.TELEMETRY, (0, 0))
     if telemetry > bounds.telemetry:
-        _thin(tx, topics, bounds.telemetry, now_ms)
+        _thin(tx, topics, telemetry, bounds.telemetry, now_ms)
     elif telemetry == 0:
         outbox.save_counter(tx, _THINNED, 0)
+    if gaps > max(_GAPS, 2 * outbox.read_counter(tx, _GAPS_LEFT)):
+        _merge_gaps(tx, topics, now_ms)
     # Also with room again: a box that is nearly full is treated as full, or `fail` would come late.
     return results_full or result_bytes > bounds.result_bytes * _LEAVE
 
@@ -117,22 +143,25 @@ def _drop_results(tx: Connection, topics: Topics, excess: int, now_ms: int) -> i
 def _oldest(tx: Connection, rank: Rank, count: int) -> list[tuple[int, int | None]]:
     query = (
         select(_OUTBOX.c.id, _OUTBOX.c.seq)
-        .where(_OUTBOX.c.rank == rank.value, _OUTBOX.c.topic.not_like(f"%/{GAP}"))
+        .where(_OUTBOX.c.rank == rank.value, ~_IS_GAP)
         .order_by(_OUTBOX.c.id)
         .limit(min(count, _AT_ONCE))
     )
     return [(number, seq) for number, seq in tx.execute(query)]
 
 
-def _thin(tx: Connection, topics: Topics, bound: int, now_ms: int) -> None:
-    """Drop every second heartbeat, and the oldest ones once that was done often enough."""
+def _thin(tx: Connection, topics: Topics, count: int, bound: int, now_ms: int) -> None:
+    """Drop every second heartbeat, and the oldest ones once that was done often enough.
+
+    What is on the wire already is not thinned: each would need a gap record of its own.
+    """
     done = outbox.read_counter(tx, _THINNED)
-    if done < _THINNINGS:
-        rows = _oldest(tx, Rank.TELEMETRY, bound * 2)[1::2]
+    unsent = [row for row in _oldest(tx, Rank.TELEMETRY, bound * 2) if row[1] is None]
+    if done < _THINNINGS and len(unsent) > bound // 2:
         outbox.save_counter(tx, _THINNED, done + 1)
-        _drop(tx, topics, Rank.TELEMETRY, rows, "thinned", now_ms)
+        _drop(tx, topics, Rank.TELEMETRY, unsent[1::2], "thinned", now_ms)
     else:
-        rows = _oldest(tx, Rank.TELEMETRY, max(1, bound // 4))
+        rows = _oldest(tx, Rank.TELEMETRY, max(bound // 4, count - bound))
         _drop(tx, topics, Rank.TELEMETRY, rows, "outbox_full", now_ms)
 
 
@@ -155,39 +184,90 @@ def _drop(
             last += 1
         numbers.append(last if seq is None else seq)
     outbox.save_counter(tx, "seq", last)
-    for start in range(0, len(chosen), 500):
-        ids = [number for number, _ in chosen[start : start + 500]]
-        tx.execute(delete(_OUTBOX).where(_OUTBOX.c.id.in_(ids)))
+    _delete(tx, [number for number, _ in chosen])
     _tell(tx, topics, rank, numbers, reason, now_ms)
+    reach("outbox.bounded")
+
+
+def _delete(tx: Connection, ids: Sequence[int]) -> None:
+    for start in range(0, len(ids), 500):
+        tx.execute(delete(_OUTBOX).where(_OUTBOX.c.id.in_(ids[start : start + 500])))
 
 
 def _tell(
     tx: Connection, topics: Topics, rank: Rank, numbers: Iterable[int], reason: str, now_ms: int
 ) -> None:
     """Write one gap record for each run of numbers without a break."""
+    _write_gaps(tx, topics, [_Gap(seq, seq, _CLASS[rank], reason) for seq in numbers], now_ms)
+
+
+class _Gap(NamedTuple):
+    """Numbers that will not come."""
+
+    first: int
+    last: int
+    kind: str
+    """Class of docs/protocol.md; of several the most important one."""
+    reason: str
+
+
+def _write_gaps(tx: Connection, topics: Topics, gaps: Iterable[_Gap], now_ms: int) -> int:
+    """Write gap records, touching ones as one; return how many that are."""
+    joined = _join(gaps)
     events = [
         build_event(
             topics,
             GAP,
             {
-                "class": _CLASS[rank],
-                "from_seq": first,
-                "to_seq": last,
-                "count": last - first + 1,
-                "reason": reason,
+                "class": gap.kind,
+                "from_seq": gap.first,
+                "to_seq": gap.last,
+                "count": gap.last - gap.first + 1,
+                "reason": gap.reason,
             },
             now_ms,
         )
-        for first, last in _find_runs(sorted(numbers))
+        for gap in joined
     ]
     outbox.add_records(tx, events)
+    return len(joined)
 
 
-def _find_runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], number)
+def _join(gaps: Iterable[_Gap]) -> list[_Gap]:
+    joined: list[_Gap] = []
+    for gap in sorted(gaps):
+        last = joined[-1] if joined else None
+        if last is not None and gap.first <= last.last + 1:
+            reason = last.reason if last.reason == gap.reason else "merged"
+            end, kind = max(last.last, gap.last), min(last.kind, gap.kind)
+            joined[-1] = _Gap(last.first, end, kind, reason)
         else:
-            runs.append((number, number))
-    return runs
+            joined.append(gap)
+    return joined
+
+
+def _count_gaps(tx: Connection) -> int:
+    query = select(func.count()).where(_OUTBOX.c.rank == Rank.EVENT.value, _IS_GAP)
+    return int(tx.execute(query).scalar_one())
+
+
+def _merge_gaps(tx: Connection, topics: Topics, now_ms: int) -> None:
+    """Replace the gap records by as few as name the same numbers, and their own."""
+    query = select(_OUTBOX.c.id, _OUTBOX.c.seq, _OUTBOX.c.body).where(
+        _OUTBOX.c.rank == Rank.EVENT.value, _IS_GAP
+    )
+    gaps: list[_Gap] = []
+    replaced: list[int] = []
+    for number, seq, body in tx.execute(query):
+        try:
+            named = json.loads(body)
+            gap = _Gap(named["from_seq"], named["to_seq"], named["class"], named["reason"])
+        except (ValueError, KeyError):
+            # Damaged on the disk: it stays as it is.
+            continue
+        gaps.append(gap)
+        replaced.append(number)
+        if seq is not None:
+            gaps.append(_Gap(seq, seq, _CLASS[Rank.EVENT], gap.reason))
+    _delete(tx, replaced)
+    outbox.save_counter(tx, _GAPS_LEFT, _write_gaps(tx, topics, gaps, now_ms))

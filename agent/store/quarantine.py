@@ -25,7 +25,9 @@ ModelVersion = tuple[str, str]
 def record_crash(tx: Connection, model: str, version: str, signal: str, at_ms: int) -> bool:
     """Count a crash; say whether it has put the version into quarantine just now."""
     tx.execute(insert(_CRASHES).values(model=model, version=version, signal=signal, at_ms=at_ms))
-    tx.execute(delete(_CRASHES).where(_CRASHES.c.at_ms < at_ms - _DAY_MS))
+    # Also those "after" this one: the clock was set back, and nobody knows how long ago they were.
+    old = (_CRASHES.c.at_ms < at_ms - _DAY_MS) | (_CRASHES.c.at_ms > at_ms)
+    tx.execute(delete(_CRASHES).where(old))
     of_version = (_CRASHES.c.model == model) & (_CRASHES.c.version == version)
     recent = _CRASHES.c.at_ms > at_ms - PERIOD_MS
     query = select(func.count()).select_from(_CRASHES).where(of_version, recent)

@@ -32,11 +32,15 @@ class Store:
     """A ledger on disk and a clock to turn."""
 
     def __init__(
-        self, path: Path, clock: FakeClock | None = None, policy: LedgerPolicy | None = None
+        self,
+        path: Path,
+        clock: FakeClock | None = None,
+        policy: LedgerPolicy | None = None,
+        synchronous: str = "FULL",
     ) -> None:
         self.clock = clock or FakeClock()
         self.path = path
-        self.engine: Engine = open_engine(path)
+        self.engine: Engine = open_engine(path, synchronous)
         migrate(self.engine)
         self.topics = Topics("dev")
         self.ledger = Ledger(self.topics, self.clock, policy)

@@ -343,10 +343,6 @@ def _reuse_number(history: History) -> None:
     history.hear("event/alarm", "event.alarm", {"code": "hot"}, seq=1)
 
 
-def _deliver_dropped(history: History) -> None:
-    history.hear("event/alarm", "event.alarm", {}, seq=history.last_seq - 1)
-
-
 @pytest.mark.parametrize(
     ("damage", "kind", "rule"),
     [
@@ -384,7 +380,6 @@ def _deliver_dropped(history: History) -> None:
         (_dispatch_expired, DOUBLE, "ran after its time"),
         (_skip_number, LOST, "number never arrived"),
         (_reuse_number, DOUBLE, "number used twice"),
-        (_deliver_dropped, ILLEGAL, "dropped number arrived"),
     ],
 )
 def test_a_broken_rule_is_found(

@@ -16,10 +16,12 @@ from typing import Any
 from console.output import Output, build_facts, build_table
 from tests.fault.chaos.cast import RESTART_S
 from tests.fault.chaos.checker import DOUBLE, ILLEGAL, LOST, describe_job
-from tests.fault.chaos.plan import Fault, Kind, Plan, make_plan
+from tests.fault.chaos.plan import WIRE_LINKS, Fault, Kind, Plan, make_plan
 from tests.fault.chaos.proxy import Link
 from tests.fault.chaos.scenario import JOURNAL, LEDGER, Outcome, Scenario, find_percentile
+from tests.fault.chaos.wire import Wire, find_obstacle
 
+USAGE_ERROR = 2
 _SHOWN_FINDINGS = 20
 _TOLD_HISTORIES = 5
 
@@ -38,7 +40,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offline-s", type=float, default=0.0, help="length of the long cut")
     parser.add_argument("--duplicate", type=float, default=0.03, help="share of doubled packets")
     parser.add_argument("--restart-s", type=float, default=RESTART_S, help="time down after an end")
-    parser.add_argument("--quiet-s", type=float, default=90.0, help="longest wait for the end")
+    parser.add_argument("--quiet-s", type=float, default=30.0, help="longest silence at the end")
+    parser.add_argument(
+        "--wire", action="store_true", help="lose IP packets too: the agent in a netns (root)"
+    )
+    parser.add_argument(
+        "--store",
+        choices=("changes", "interval"),
+        default="interval",
+        help="when Mosquitto writes its store: every 5 s as shipped, or at each change",
+    )
     parser.add_argument("--folder", type=Path, help="keep everything there")
     return parser.parse_args(argv)
 
@@ -55,6 +66,19 @@ def open_folder(wanted: Path | None) -> Iterator[Path]:
     finally:
         if not (folder / "keep").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_wire(*, wanted: bool) -> Iterator[Wire | None]:
+    """Give the agent a network of its own for the run, where that is wanted."""
+    if not wanted:
+        yield None
+        return
+    wire = Wire()
+    try:
+        yield wire
+    finally:
+        wire.close()
 
 
 def summarise(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -151,11 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.jobs,
         arguments.kills,
         seed,
-        without=arguments.without,
+        without=(*arguments.without, *(() if arguments.wire else WIRE_LINKS)),
         offline_s=arguments.offline_s,
     )
+    store = arguments.store
+    options = {"restart_s": arguments.restart_s, "durable": store == "changes"}
     output = Output(as_json=arguments.json)
-    with open_folder(arguments.folder) as folder:
+    if arguments.wire and (obstacle := find_obstacle()):
+        output.fail("no_wire", obstacle)
+        return USAGE_ERROR
+    with open_folder(arguments.folder) as folder, open_wire(wanted=arguments.wire) as wire:
         with show_progress(output, plan) as tell:
             outcome = Scenario(
                 folder,
@@ -163,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 duplicate=arguments.duplicate,
                 quiet_limit_s=arguments.quiet_s,
                 on_progress=tell,
-                cast_options={"restart_s": arguments.restart_s},
+                cast_options={**options, "wire": wire},
             ).run()
-        document = summarise(outcome, folder)
+        document = {**summarise(outcome, folder), "mqtt_store": store}
         if not outcome.is_clean:
             (folder / "keep").touch()
             document["folder"] = str(folder)

@@ -30,6 +30,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.fault.chaos.jobs import (
     ChaosJob,
@@ -45,7 +46,7 @@ from tests.fault.chaos.plan import Kind
 _POLL_S = 0.02
 _ACK_S = 0.1
 _RETRY_FACTOR, _RETRY_MAX_S = 1.5, 8.0
-_HOLE_S, _SYNC_S = 1.5, 2.0
+_HOLE_S, _SYNC_S, _SYNC_MAX_S = 1.5, 2.0, 16.0
 _MISSING_S, _MISSING_AT_ONCE = 5.0, 40
 _CANCEL_FIRST_PATIENCE = 3
 _CONNECT_LIMIT_S = 10.0
@@ -69,7 +70,7 @@ class _Up:
 
 
 @dataclass
-class _Records:
+class Records:
     """Which numbered records of one ledger were received."""
 
     ledger: str | None = None
@@ -135,8 +136,9 @@ class ChaosConsole(threading.Thread):
         self._inbox: SimpleQueue[_Heard | _Taken | _Up | ChaosJob] = SimpleQueue()
         self._due: list[tuple[float, int, str]] = []
         self._order = itertools.count()
-        self._records = _Records()
+        self._records = Records()
         self._next_ack = self._next_sync = 0.0
+        self._sync_s, self._synced_at = _SYNC_S, 0
         self._is_up = threading.Event()
         self._stopping = threading.Event()
         self._client = self._build_client()
@@ -164,7 +166,11 @@ class ChaosConsole(threading.Thread):
         _properties: Properties | None,
     ) -> None:
         if not code.is_failure:
-            client.subscribe(self._d2c + "#", qos=1)
+            # What is retained comes with a new subscription, not with every connection.
+            options = SubscribeOptions(
+                qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            )
+            client.subscribe(self._d2c + "#", options=options)
             self._is_up.set()
             self._inbox.put(_Up())
 
@@ -279,6 +285,7 @@ class ChaosConsole(threading.Thread):
             return
         body = document["body"]
         if "seq" in document:
+            self.counts["heard"] += 1
             self._records.add(document["seq"], document["seq"])
         if kind == "job" and rest in self.jobs:
             self._apply(self.jobs[rest], body)
@@ -301,7 +308,7 @@ class ChaosConsole(threading.Thread):
             self._records.ledger = ledger
             return
         self._journal.note("another ledger", ledger=ledger)
-        self._records = _Records(ledger)
+        self._records = Records(ledger)
         for job in self.jobs.values():
             if not job.has_ended:
                 job.state, job.rev = None, 0
@@ -420,8 +427,12 @@ class ChaosConsole(threading.Thread):
         if self._next_sync and now >= self._next_sync:
             self._next_sync = 0.0
             self._answer_sync(None)
+            # A slow device that is asked again at once would begin again at once.
+            is_stuck = records.upto == self._synced_at
+            self._sync_s = min(self._sync_s * 2, _SYNC_MAX_S) if is_stuck else _SYNC_S
+            self._synced_at = records.upto
         elif has_hole and not self._next_sync:
-            self._next_sync = now + _SYNC_S
+            self._next_sync = now + self._sync_s
 
     def _answer_sync(self, device_open: set[str] | None) -> None:
         """Say what was received up to where, what the device should have, what is unknown here."""

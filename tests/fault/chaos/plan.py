@@ -55,6 +55,11 @@ SHARES: dict[Kind, float] = {
 """How many of all jobs are of each sort."""
 _RARE_EVERY = 500
 """One job in so many never ends by itself, and one kills its worker: each costs a restart."""
+WIRE_LINKS = (Link.LOST, Link.LOSSY)
+"""What happens to a link only where the agent has a network of its own."""
+_KILLS_A_ROUND = 13
+"""For so many kills there is one stopped process and one bad link, and either a flap or a
+broker without memory."""
 
 
 class Fault(StrEnum):
@@ -65,6 +70,8 @@ class Fault(StrEnum):
     """SIGSTOP, later SIGCONT."""
     FLAP = "flap"
     """Ended by SIGTERM, and started again later."""
+    AMNESIA = "amnesia"
+    """Killed, and started again later with nothing of what it had stored."""
     LINK = "link"
 
 
@@ -114,7 +121,12 @@ class Plan:
 
 
 def make_plan(
-    jobs: int, kills: int, seed: int, *, without: Sequence[str] = (), offline_s: float = 0.0
+    jobs: int,
+    kills: int,
+    seed: int,
+    *,
+    without: Sequence[str] = WIRE_LINKS,
+    offline_s: float = 0.0,
 ) -> Plan:
     """Return the plan of a run.
 
@@ -122,7 +134,8 @@ def make_plan(
         jobs: how many jobs to submit.
         kills: how many processes to kill.
         seed: decides everything else.
-        without: sorts of jobs, faults or states of the link to leave out, by name.
+        without: sorts of jobs, faults or states of the link to leave out, by name; those of the
+            link that need a wire by default.
         offline_s: length of the offline stretch; 0 takes 6 s for small runs, 30 s for others.
     """
     rng = random.Random(seed)
@@ -166,10 +179,8 @@ def _make_frames(
     frames: list[_Frame] = []
     in_offline = min(left, 4 if kills < 100 else 12)
     left -= in_offline
-    for index in range(max(1, kills // 10)):
-        for build in (_make_stop, _make_link, _make_flap):
-            if build is _make_flap and index % 2:
-                continue
+    for index in range(max(1, kills // _KILLS_A_ROUND)):
+        for build in (_make_stop, _make_link, (_make_flap, _make_amnesia)[index % 2]):
             frame = build(rng, without, is_killing=left > 0)
             if frame is not None:
                 frames.append(frame)
@@ -231,6 +242,16 @@ def _make_flap(rng: random.Random, without: frozenset[str], *, is_killing: bool)
         return None
     target = rng.choice(("mqtt", "queue"))
     return f"flap {target}", _lasting(0.2, rng.uniform(0.2, 2.0), Fault.FLAP, target)
+
+
+def _make_amnesia(
+    rng: random.Random, without: frozenset[str], *, is_killing: bool
+) -> _Frame | None:
+    """The MQTT broker loses sessions, queues and retained messages."""
+    del is_killing
+    if Fault.AMNESIA in without:
+        return None
+    return "amnesia mqtt", _lasting(0.2, rng.uniform(0.1, 1.0), Fault.AMNESIA, "mqtt")
 
 
 def _make_offline(rng: random.Random, offline_s: float, kills: int) -> _Frame:

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from tests.fault.chaos.wire import Wire
+
 _HOST = "127.0.0.1"
 _PUBLISH = 3
 _DUP_BIT = 0x08
 _LATER_PACKETS = 5
+_DELAY_S = 0.2
 _START_LIMIT_S = 10.0
 
 
@@ -40,7 +43,11 @@ class Link(StrEnum):
     DEAF_DOWN = "deaf_down"
     """What the broker sends vanishes."""
     SLOW = "slow"
-    """Each packet takes `delay_s` longer."""
+    """Each packet takes 0.1–0.3 s longer."""
+    LOST = "lost"
+    """All IP packets are lost; only on a wire."""
+    LOSSY = "lossy"
+    """A third of the IP packets is lost; only on a wire."""
 
 
 @dataclass
@@ -60,14 +67,15 @@ class Proxy:
         target_port: the broker's port.
         seed: of the choice of packets to send twice.
         duplicate: probability that a PUBLISH of QoS 1 is sent twice.
-        delay_s: how much longer a packet takes while the link is slow.
+        wire: where the agent is, if not on loopback.
     """
 
     def __init__(
-        self, target_port: int, seed: int = 0, duplicate: float = 0.0, delay_s: float = 0.2
+        self, target_port: int, seed: int = 0, duplicate: float = 0.0, wire: Wire | None = None
     ) -> None:
         self.duplicate = duplicate
-        self.delay_s = delay_s
+        self.host = _HOST if wire is None else wire.host
+        self._wire = wire
         self.counts = ProxyCounts()
         self.port = 0
         self._target_port = target_port
@@ -96,6 +104,8 @@ class Proxy:
 
     def set_link(self, link: Link) -> None:
         """Change the network; returns when that has happened."""
+        if self._wire is not None:
+            self._set_wire(self._wire, link)
         done = threading.Event()
 
         def change() -> None:
@@ -104,6 +114,14 @@ class Proxy:
 
         self._loop.call_soon_threadsafe(change)
         done.wait(_START_LIMIT_S)
+
+    def _set_wire(self, wire: Wire, link: Link) -> None:
+        if link is Link.LOST:
+            wire.drop()
+        elif link is Link.LOSSY:
+            wire.drop_some()
+        else:
+            wire.mend()
 
     def cut_once(self) -> None:
         """Reset the present connections; new ones may come at once."""
@@ -114,7 +132,7 @@ class Proxy:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._moving.set()
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, _HOST, 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, self.host, 0))
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
@@ -176,7 +194,7 @@ class Proxy:
             packet = await read_packet(reader)
             await self._moving.wait()
             if self._link is Link.SLOW:
-                await asyncio.sleep(self._rng.uniform(0.5, 1.5) * self.delay_s)
+                await asyncio.sleep(self._rng.uniform(0.5, 1.5) * _DELAY_S)
             count += 1
             self.counts.packets += 1
             if is_deaf():

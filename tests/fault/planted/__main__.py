@@ -22,10 +22,9 @@ from sqlalchemy import Connection
 from agent.daemon.intake import Intake, IntakeResult
 from agent.daemon.messages import Received
 from agent.daemon.mqtt import MqttSession
-from agent.daemon.reporter import Reporter
+from agent.daemon.reporter import Reporter, Selected
 from agent.store import outbox
 from agent.store.ledger import EndedJob, Ledger, Outcome
-from agent.store.outbox import Record
 
 _SLOW_COMMIT_S = 0.15
 
@@ -78,11 +77,11 @@ def plant_deleted_at_publish() -> None:
     """Remove records in the transaction that numbers them for their publish."""
     original = Reporter.select
 
-    def select(self: Reporter, tx: Connection, *rest: Any, **options: Any) -> list[Record]:
-        records = original(self, tx, *rest, **options)
-        seqs = [record.seq for record in records if record.seq is not None]
+    def select(self: Reporter, tx: Connection, waiting_jobs: int, freed: int) -> Selected:
+        selected = original(self, tx, waiting_jobs, freed)
+        seqs = [record.seq for record in selected.records if record.seq is not None]
         outbox.delete_acknowledged(tx, seqs)
-        return records
+        return selected
 
     Reporter.select = select  # type: ignore[method-assign]
 
