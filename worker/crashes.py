@@ -5,7 +5,8 @@ out-of-memory counter grew. The trace names the thread that crashed, and the
 journal what that thread was at: only those jobs are named. Where no thread is
 named (a runtime's own thread, out of memory) it is what was at work, if that was
 one task. Were it several, none of their jobs is named: a job that happened to
-run beside a poisonous one, twice, would be taken for poison too. A death without
+run beside a poisonous one, twice, would be taken for poison too. And while its
+model loads no job is to blame, only the model version. A death without
 evidence, such as SIGKILL from outside, is nobody's fault.
 
 Invariants: files are removed after their message was sent, so a reader that is
@@ -78,10 +79,14 @@ def _find_culprit(trace: str) -> int | None:
 def _blame(signal: str, records: Sequence[RunRecord], culprit: int | None) -> Sequence[Crash]:
     if culprit is not None:
         records = [record for record in records if record.thread == culprit]
-    is_clear = len(records) == 1
     is_same_model = len({(record.model, record.version) for record in records}) == 1
     return [
-        Crash(signal, record, record.jobs if is_clear else (), counts=is_same_model and not index)
+        Crash(
+            signal,
+            record,
+            () if record.is_loading or len(records) > 1 else record.jobs,
+            counts=is_same_model and not index,
+        )
         for index, record in enumerate(records)
     ]
 

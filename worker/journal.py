@@ -39,6 +39,7 @@ _ENTRY_BYTES = 16384
 _HEAD = struct.Struct("<IQ")
 _LENGTH = struct.Struct("<I")
 _BITS_AT, _BITS_BYTES = 16, 32
+_LOADING_AT = 48
 _TEXT_AT = 64
 
 
@@ -55,6 +56,8 @@ class RunRecord:
     reply: str
     jobs: tuple[tuple[str, int], ...]
     """Ids and attempts of the jobs that were at work."""
+    is_loading: bool
+    """They waited for their model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +106,18 @@ class JournalEntry:
         _HEAD.pack_into(self._memory, self._at, 0, threading.get_ident())
         _LENGTH.pack_into(self._memory, self._at, len(text))
 
-    def mark(self, job_ids: Sequence[str]) -> None:
-        """Say which jobs are at work now; before `open` and after `close` it does nothing."""
+    def mark(self, job_ids: Sequence[str], is_loading: bool = False) -> None:
+        """Say which jobs are at work now, or wait for their model.
+
+        Before `open` and after `close` it does nothing.
+        """
         if self._bits:
             bits = 0
             for job_id in job_ids:
                 bits |= self._bits.get(job_id, 0)
             start = self._at + _BITS_AT
             self._memory[start : start + _BITS_BYTES] = bits.to_bytes(_BITS_BYTES, "little")
+            self._memory[self._at + _LOADING_AT] = is_loading
 
     def close(self) -> None:
         """Say that the thread runs nothing."""
@@ -233,7 +240,7 @@ def _parse_entry(data: bytes) -> RunRecord | None:
         names = (head["task"], head["model"], head["version"], head["reply"])
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-    return RunRecord(thread, *names, jobs)
+    return RunRecord(thread, *names, jobs, is_loading=bool(data[_LOADING_AT]))
 
 
 def _read_trace(journal: Path) -> str:

@@ -163,7 +163,7 @@ class Run:
         return -math.inf if seen.is_loading else now - seen.since - limit_s, why
 
 
-def _ignore(_: JobIds) -> None:
+def _ignore(_ids: JobIds, _is_loading: bool) -> None:
     return None
 
 

@@ -102,3 +102,12 @@ def test_crash_is_told_where_the_first_successor_was_killed_as_well(worker: Lone
     worker.start()
     assert worker.count_said() == 0
     wait_until(lambda: len(worker.journals) == 2, 5, "only the living one's files are there")
+
+
+def test_model_that_crashes_while_it_loads_is_to_blame_and_no_job(worker: LoneWorker) -> None:
+    (worker.data_dir / "models" / "wild" / "1" / "crash-on-load").touch()
+    task_id = worker.send("wild", [make_item(), make_item()])
+    worker.wait_end()
+    worker.start()
+    crash = worker.hear("crash")
+    assert (crash["task"], crash["version"], crash["jobs"]) == (task_id, "1", [])

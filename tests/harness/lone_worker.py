@@ -38,6 +38,8 @@ _STEP = """
 import ctypes, os, time
 
 def build(params, manifest, folder):
+    if (folder / "crash-on-load").exists():
+        ctypes.string_at(0)
     def step(outputs, value, params):
         if params.get("do") == "segv":
             ctypes.string_at(0)

@@ -135,9 +135,9 @@ def test_stop_for_one_of_a_stacked_run_lets_the_others_run_again(
     write_tiny_model(tmp_path / "tiny" / "1")
     entered: list[JobIds] = []
 
-    def watch(job_ids: JobIds) -> None:
+    def watch(job_ids: JobIds, is_loading: bool) -> None:
         entered.append(job_ids)
-        if len(job_ids) == 3 and len(entered) > 1:
+        if len(job_ids) == 3 and not is_loading:
             control.stop(["b"], CANCELED)
 
     control = RunControl(watch)
@@ -151,7 +151,6 @@ def test_stop_for_one_of_a_stacked_run_lets_the_others_run_again(
 
 def test_interrupted_stack_runs_one_by_one(engine: Engine, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny" / "1")
-    entered: list[JobIds] = []
 
     class Impatient(RunControl):
         def begin(self) -> RunStop:
@@ -160,7 +159,7 @@ def test_interrupted_stack_runs_one_by_one(engine: Engine, tmp_path: Path) -> No
                 self.interrupt(self.see())
             return stop
 
-    control = Impatient(entered.append)
+    control = Impatient()
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0.5] * 64}
     requests = [InferRequest(job_id, JobInput(tensors=[tensor])) for job_id in "ab"]
     outcomes = engine.infer(tmp_path / "tiny" / "1", requests, control)

@@ -31,10 +31,17 @@ class Predecessor:
         self.journal = Journal(self.folder, name, boot, entries=2)
         self._free = self.journal._free
 
-    def run(self, *job_ids: str, at_work: str, task: str = "task-1", model: str = "m") -> None:
+    def run(
+        self,
+        *job_ids: str,
+        at_work: str,
+        task: str = "task-1",
+        model: str = "m",
+        is_loading: bool = False,
+    ) -> None:
         entry: JournalEntry = self._free.popleft()
         entry.open(make_task(*job_ids, task=task, model=model), "7")
-        entry.mark(at_work)
+        entry.mark(at_work, is_loading)
 
     def refuse(self, crash: Crash) -> None:
         pytest.fail(f"told of {crash}")
@@ -91,6 +98,13 @@ def test_where_several_tasks_were_at_work_no_job_is_accused(
     assert [crash.jobs for crash in crashes] == [(), ()]
     # What they share is the model version: it counts, once.
     assert [crash.counts for crash in crashes] == counts
+
+
+def test_crash_while_the_model_loads_is_the_model_s_alone(dead: Predecessor) -> None:
+    dead.run("a", "b", at_work="ab", is_loading=True)
+    dead.die(OURS)
+    [crash] = dead.report()
+    assert (crash.jobs, crash.counts) == ((), True)
 
 
 def test_crash_in_a_thread_that_runs_no_job_is_of_none(dead: Predecessor) -> None:

@@ -41,7 +41,7 @@ class AtWork:
     """They wait for their model."""
 
 
-def _ignore(_: JobIds) -> None:
+def _ignore(_ids: JobIds, _is_loading: bool) -> None:
     return None
 
 
@@ -49,10 +49,11 @@ class RunControl:
     """One call of the engine, as other threads see and stop it.
 
     Args:
-        entered: told of each change of what is at work; called by the running thread.
+        entered: told of each change of what is at work, and whether it waits for its model;
+            called by the running thread.
     """
 
-    def __init__(self, entered: Callable[[JobIds], None] = _ignore) -> None:
+    def __init__(self, entered: Callable[[JobIds, bool], None] = _ignore) -> None:
         self._entered = entered
         self._lock = Lock()
         self._stops: dict[str, InferError] = {}
@@ -73,7 +74,7 @@ class RunControl:
         self._enter((job_id,), is_loading=False)
 
     def _enter(self, ids: JobIds, *, is_loading: bool) -> None:
-        self._entered(ids)
+        self._entered(ids, is_loading)
         now = time.monotonic()
         with self._lock:
             # Time beside others is nobody's: of a stacked run none can tell whose it was.
