@@ -27,8 +27,10 @@ EPOCH_KEY = "edgeward:epoch"
 HEARTBEAT_PREFIX = "edgeward:worker:"
 HEARTBEAT_BUSY_S = 0.5
 HEARTBEAT_IDLE_S = 3.0
+# A pause of a worker that is longer than this looks like its death: its tasks run again.
+HEARTBEAT_BUSY_LIFE_S = 3
 HEARTBEAT_LIFE_S = 10
-_VISIBILITY_S = 86_400
+_VISIBILITY_S = 100 * 365 * 86_400
 
 
 def lane_queue(lane: Lane) -> str:
@@ -44,8 +46,9 @@ def outcome_queue(device: str) -> str:
 def transport_options() -> dict[str, Any]:
     """Return kombu's options for Redis: short timeouts, no redelivery by the wall clock."""
     return {
-        # Longer than any task: redelivery is the ledger's business, and this one
-        # uses the wall clock (a jump of two hours ran every task in flight twice).
+        # Longer than any jump of a clock, also from 1970 to now: redelivery is the ledger's
+        # business, and this one uses the wall clock. With a day, a jump of a year let the next
+        # worker that started run every task in flight a second time.
         "visibility_timeout": _VISIBILITY_S,
         "socket_timeout": 5,
         "socket_connect_timeout": 2,

@@ -16,11 +16,19 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5
+from paho.mqtt.client import (
+    Client,
+    ConnectFlags,
+    DisconnectFlags,
+    MQTTMessage,
+    MQTTMessageInfo,
+    MQTTv5,
+)
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -33,6 +41,9 @@ from console.mirror import Outgoing
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+RECEIVE_MAXIMUM = 2000
+_GATHER_S = 0.005
+_FLUSH_S = 2.0
 _MAX_PACKET_BYTES = 1 << 20
 _SESSION_EXPIRY_S = 7 * 86_400
 
@@ -92,6 +103,7 @@ class Connection:
         self._heard: SimpleQueue[Heard] = SimpleQueue()
         self._early: deque[Heard] = deque()
         self._generation = 0
+        self._last: MQTTMessageInfo | None = None
         self._client = self._build_client(client_id, reconnect_s, password)
 
     def _build_client(self, client_id: str, reconnect_s: float, password: str | None) -> Client:
@@ -193,10 +205,10 @@ class Connection:
                 return f"no answer within {CONNECT_S:g} s"
             if isinstance(first, Refused):
                 return first.why
-            # Messages of a session that was kept come before the subscription's answer.
-            self._early.append(first)
             if isinstance(first, Subscribed):
                 return None
+            # Messages of a session that was kept come before the subscription's answer.
+            self._early.append(first)
 
     def open_later(self) -> None:
         """Connect as soon as there is a broker; returns at once."""
@@ -212,12 +224,18 @@ class Connection:
         properties = Properties(PacketTypes.CONNECT)
         properties.MaximumPacketSize = _MAX_PACKET_BYTES
         if self._is_durable:
+            # Mosquitto's own default is 20, and each commit would be for as many only.
+            properties.ReceiveMaximum = RECEIVE_MAXIMUM
             properties.SessionExpiryInterval = _SESSION_EXPIRY_S
             arguments["clean_start"] = False
         return {**arguments, "properties": properties}
 
     def close(self) -> None:
-        """Disconnect and end paho's thread."""
+        """Disconnect and end paho's thread; what was published last goes out before, in 2 s."""
+        if self._last is not None and self.is_connected:
+            # paho's thread ends at a disconnect, whatever it still has to write.
+            with suppress(RuntimeError, ValueError):
+                self._last.wait_for_publish(_FLUSH_S)
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -227,12 +245,16 @@ class Connection:
         return self._client.is_connected()
 
     def take(self, timeout_s: float, limit: int) -> list[Heard]:
-        """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first."""
+        """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first.
+
+        Waits a moment for what comes right behind it, so that one commit serves many.
+        """
         taken = []
+        gather_s = _GATHER_S if self._is_durable else 0.0
         try:
             taken.append(self._next(timeout_s))
             while len(taken) < limit:
-                taken.append(self._next(0.0))
+                taken.append(self._next(gather_s))
         except Empty:
             pass
         return taken
@@ -250,7 +272,9 @@ class Connection:
         if message.response_topic is not None:
             properties.ResponseTopic = message.response_topic
         info = self._client.publish(message.topic, message.payload, qos=1, properties=properties)
-        return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
+        is_sent = info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
+        self._last = info if is_sent else self._last
+        return is_sent
 
     def settle(self, messages: Iterable[Arrived]) -> None:
         """Acknowledge messages to the broker: what they say is safe."""

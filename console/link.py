@@ -21,7 +21,7 @@ from agent.commands import new_id
 from agent.config import Settings
 from agent.topics import Topics
 from console.addresses import ANY_DEVICE, ReportAddress, find_report
-from console.connection import Arrived, Connection, Refused, Subscribed
+from console.connection import RECEIVE_MAXIMUM, Arrived, Connection, Refused, Subscribed
 from console.connection import Heard as Message
 from console.mirror import STALE_AFTER_S, Change, DeviceMirror, Heard, JobView
 from console.resend import WINDOW
@@ -32,8 +32,6 @@ __all__ = ["ANY_DEVICE", "Change", "ConsoleLink", "JobView"]
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-_BATCH = 500
-"""Messages taken in at a time: a group commit of the owner's."""
 _WATCH_S = 1.0
 
 Recall = Callable[[Mapping[str, set[str]]], Mapping[str, Iterable[JobView]]]
@@ -117,11 +115,18 @@ class ConsoleLink:
         """
         if wait:
             self._connection.open()
+            with self._lock:
+                for mirror in self._mirrors.values():
+                    mirror.connected(time.monotonic())
         else:
             self._connection.open_later()
 
     def close(self) -> None:
-        """Disconnect and end paho's thread."""
+        """Acknowledge what was committed, disconnect and end paho's thread."""
+        with self._lock:
+            now_s, mirrors = time.monotonic(), self.mirrors if self.is_connected else []
+            for message in [item for mirror in mirrors for item in mirror.take_last(now_s)]:
+                self._connection.publish(message)
         self._connection.close()
 
     @property
@@ -206,7 +211,7 @@ class ConsoleLink:
         Returns the changes. A durable console makes them safe and then calls `commit`, also
         where there are none; for others that happens here.
         """
-        messages = self._connection.take(timeout_s, _BATCH)
+        messages = self._connection.take(timeout_s, RECEIVE_MAXIMUM)
         with self._lock:
             changes = self._take_in(messages)
             changes += self._watch()

@@ -47,6 +47,8 @@ _FIRST_ASK_S = 5.0
 _LONGEST_ASK_S = 300.0
 _ASKS = 3
 """So often the device must have begun its replay behind a hole before the hole is given up."""
+_ON_ITS_WAY_S = 1.0
+"""A command that went out so short ago is not sent again because the device says something."""
 _REBIRTH_AFTER_S = 2.0
 _LONGEST_REBIRTH_S = 900.0
 _AWAY = ("offline", "stopped")
@@ -313,7 +315,7 @@ class DeviceMirror:
         known.state, (known.boot, known.conn) = state, place
         self.is_changed = True
         if came_back:
-            self._queue.hurry()
+            self._queue.hurry(now_s - _ON_ITS_WAY_S)
         return [*changes, self._change("status", body=dict(document))]
 
     def _meet_ledger(self, ledger: object, now_s: float) -> list[Change]:
@@ -418,14 +420,16 @@ class DeviceMirror:
     def _find_seq(self, heard: Heard) -> int | None:
         """Return a record's number, where it is one of the device's present ledger.
 
-        A record does not name its ledger; its `boot` tells those of another one apart. What
-        is not counted here for that reason comes again, because it is not acknowledged.
+        What is not counted here comes again, because it is not acknowledged.
         """
         seq = heard.document.get("seq")
         return seq if isinstance(seq, int) and seq >= 1 and self._is_present(heard) else None
 
     def _is_present(self, heard: Heard) -> bool:
         """Say whether a report is surely one of the device's present ledger."""
+        ledger = heard.document.get("ledger")
+        if isinstance(ledger, str) and self.device.ledger is not None:
+            return not heard.is_retained and ledger == self.device.ledger
         boot = heard.document.get("boot")
         return not heard.is_retained and (boot is None or self.device.boot in (0, boot))
 
@@ -465,13 +469,17 @@ class DeviceMirror:
         for job_id in listed:
             if job_id in self.jobs:
                 changes += self._freshen(self.jobs[job_id], now_s)
-        self._queue.hurry()
+        self._queue.hurry(now_s - _ON_ITS_WAY_S)
         return changes
 
     def _hear_highest(self, body: Document) -> list[Change]:
-        """Give up numbers that a device with an empty outbox cannot send any more."""
-        highest = body.get("seq")
-        if not isinstance(highest, int) or body.get("outbox_depth") != 0:
+        """Give up numbers that the device does not have any more."""
+        oldest, highest = body.get("oldest_seq"), body.get("seq")
+        if isinstance(oldest, int):
+            highest = oldest - 1
+        elif body.get("outbox_depth") != 0:
+            return []
+        if not isinstance(highest, int):
             return []
         is_first = self.numbering.cumulative == 0 and not self.numbering.hole
         holes = self.numbering.holes_up_to(highest)
@@ -556,12 +564,17 @@ class DeviceMirror:
             sent.append(Outgoing(topic, item.command.payload, expiry_s))
         return sent
 
-    def _build_ack(self, now_s: float) -> list[Outgoing]:
+    def take_last(self, now_s: float) -> list[Outgoing]:
+        """Return the acknowledgement that is still owed, at once: this console is about to go."""
+        return self._build_ack(now_s, at_once=True) if self._acknowledges else []
+
+    def _build_ack(self, now_s: float, *, at_once: bool = False) -> list[Outgoing]:
         fresh = self._committed - self._acked
         # A device that is away asks with its next sync.
         if fresh <= 0 or self.is_away:
             return []
-        if fresh < ACK_EVERY_RECORDS and now_s - self._acked_s < ACK_EVERY_S:
+        is_soon = fresh < ACK_EVERY_RECORDS and now_s - self._acked_s < ACK_EVERY_S
+        if is_soon and not at_once:
             return []
         self._acked, self._acked_s = self._committed, now_s
         ledger = {} if self.device.ledger is None else {"ledger": self.device.ledger}

@@ -76,11 +76,16 @@ class ResendQueue:
         if pending is not None and (by_end or not pending.is_cancel):
             del self._pending[job_id]
 
-    def hurry(self) -> None:
-        """Make everything under way due at once: the device, or our connection, is back."""
+    def hurry(self, sent_before_s: float = float("inf")) -> None:
+        """Make what is under way due at once: the device, or our connection, is back.
+
+        Args:
+            sent_before_s: what went out later is on its way.
+        """
         for pending in self._active():
-            pending.due_s = float("-inf")
             pending.wait_s = FIRST_WAIT_S
+            if pending.sent_s is not None and pending.sent_s <= sent_before_s:
+                pending.due_s = float("-inf")
 
     def _active(self) -> Iterator[Pending]:
         return islice(self._pending.values(), self._window)

@@ -4,7 +4,9 @@ PlatformError
 ├── RuntimeMissingError    the runtime's package is not installed; names the extra
 ├── ModelLoadError         the runtime refused the model file
 ├── NoArtifactError        no artifact of a model version can run on this box
-└── TensorError            tensors given to a model do not fit it
+├── TensorError            tensors given to a model do not fit it
+├── InferenceError         the runtime failed on inputs that fit
+└── RunStoppedError        the run was stopped from outside
 """
 
 from typing import ClassVar
@@ -45,3 +47,9 @@ class InferenceError(PlatformError):
     """The runtime failed while it ran a model on inputs that fit it."""
 
     code = "inference_failed"
+
+
+class RunStoppedError(PlatformError):
+    """Another thread stopped the run: it was cancelled, or past its time."""
+
+    code = "run_stopped"

@@ -5,20 +5,20 @@ directory on the path, and would load a stray `worker.py`). Threads pool for
 inference and batch: one copy of each model. Nothing here writes the store.
 """
 
+import faulthandler
 import json
 import logging
 import os
 import socket
-import threading
-import time
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from celery import Celery, signals
 from kombu.exceptions import KombuError
 
+from agent.clock import SystemClock
 from agent.commands import new_id
 from agent.config import Settings
 from agent.faults import reach
@@ -26,34 +26,17 @@ from agent.jobs import Lane
 from agent.platformfile import load_platform
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import INFER_TASK, celery_settings, lane_queue
+from worker.crashes import report_predecessors
+from worker.engine.control import InferError
 from worker.engine.engine import Engine
-from worker.heartbeat import Heartbeat
-from worker.outcome import build_outcome, now_ms, send_outcomes
+from worker.heartbeat import EXIT_HUNG, Heartbeat
+from worker.journal import Journal, slot_folder
+from worker.oom import find_events_file, read_oom
+from worker.outcome import build_outcome, send_crash, send_outcomes, send_progress
 from worker.runner import Runner
+from worker.runs import STATES, Run, Runs
 
 log = logging.getLogger(__name__)
-
-# A task shorter than this is not reported as running: its outcome says it all.
-_STARTED_AFTER_S = 0.2
-# Past its limit an inference has so long to come back before the process ends.
-_GRACE_S = 2.0
-EXIT_HUNG = 70
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A task whose run has begun; `began` and `limit` are on the monotonic clock, in seconds."""
-
-    task: dict[str, Any]
-    began: float
-    began_ms: int
-    limit: float
-
-
-def _start(task: dict[str, Any]) -> _Running:
-    now = time.monotonic()
-    longest_s = max(item["timeout_s"] for item in task["jobs"])
-    return _Running(task, now, now_ms(), now + longest_s + _GRACE_S)
 
 
 class Worker:
@@ -68,12 +51,16 @@ class Worker:
     def __init__(self, settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> None:
         self._settings = settings
         self._lanes = lanes
-        self._running: dict[str, _Running] = {}
-        self._lock = threading.Lock()
+        self._runs = Runs(settings.worker.cancel_grace_s, self._send_progress)
         self._runner = Runner(settings, lambda: self._engine)
+        self._id = new_id()
         name = slot or f"{socket.gethostname()}/{'+'.join(lanes)}"
+        self._folder = slot_folder(settings.runtime_dir, name)
+        self._boot = SystemClock().boot_id()
+        self._oom_events = find_events_file()
+        self._is_announced = False
         self._heartbeat = Heartbeat(
-            settings.queue_url, name, new_id(), self._is_started, self._on_beat
+            settings.queue_url, name, self._id, lanes, self._runs, self._on_beat
         )
         self._app = Celery("edgeward-worker", set_as_current=True)
         self._app.conf.update(celery_settings(settings.queue_url))
@@ -91,6 +78,7 @@ class Worker:
 
     def run(self) -> int:
         """Serve until SIGTERM; return the exit code."""
+        self._open_journal()
         signals.worker_ready.connect(self._on_ready, weak=False)
         signals.worker_shutting_down.connect(self._on_stopping, weak=False)
         controller: Any = self._app.Worker(
@@ -105,12 +93,48 @@ class Worker:
         )
         controller.start()
         self._heartbeat.stop()
+        self._remove_journal()
         return int(controller.exitcode or 0)
 
+    def _open_journal(self) -> None:
+        try:
+            journal = Journal(self._folder, self._id, self._boot, self._concurrency)
+        except OSError as exc:
+            log.warning("no run journal, so a crash will leave no evidence: %s", exc)
+            return
+        journal.save_oom(read_oom(self._oom_events))
+        faulthandler.enable(journal.trace)
+        self._runs.journal = journal
+
+    def _remove_journal(self) -> None:
+        if self._runs.journal is not None:
+            # Nobody reads its file from here on. Celery has put a logger in place of sys.stderr.
+            faulthandler.disable()
+            if sys.__stderr__ is not None:
+                faulthandler.enable(sys.__stderr__)
+            self._runs.journal.remove()
+
     def _on_ready(self, **_: Any) -> None:
+        # Celery says it again after each reconnect.
+        if self._is_announced:
+            return
+        self._is_announced = True
+        self._report_predecessors()
         self._heartbeat.start()
         notify("READY=1")
         log.info("worker of %s ready", ", ".join(self._lanes))
+
+    def _report_predecessors(self) -> None:
+        """Tell of crashes before the first heartbeat, which frees what the dead one held."""
+        try:
+            report_predecessors(
+                self._folder,
+                self._boot,
+                read_oom(self._oom_events),
+                lambda crash: send_crash(self._app, crash),
+            )
+        except (KombuError, OSError) as exc:
+            log.warning("a crash could not be told; the next start tries again: %s", exc)
 
     def _on_stopping(self, **_: Any) -> None:
         notify("STOPPING=1")
@@ -118,62 +142,68 @@ class Worker:
     def _on_beat(self) -> None:
         if watchdog_period_s():
             notify("WATCHDOG=1")
-        now = time.monotonic()
-        with self._lock:
-            hung = [item for item in self._running.values() if now > item.limit]
+        if self._runs.journal is not None:
+            self._runs.journal.save_oom(read_oom(self._oom_events))
+        hung = self._runs.check()
         if hung:
             self._end_hung(hung)
 
-    def _end_hung(self, hung: Sequence["_Running"]) -> None:
+    def _end_hung(self, hung: Sequence[tuple[Run, InferError]]) -> None:
         """End the process, for a thread cannot be: the supervisor starts a new one.
 
-        A job that ran alone is `timed_out`. One of a bundle may be innocent: the
+        A job that ran alone gets its outcome. One of a bundle may be innocent: the
         agent finds the task lost and runs its jobs one by one.
         """
-        for item in hung:
-            log.error("task %s runs past its limit: this process ends", item.task["task"])
-            jobs = item.task["jobs"]
-            if len(jobs) == 1:
-                message = f"it ran longer than {jobs[0]['timeout_s']:g} s"
+        for run, why in hung:
+            log.error(
+                "task %s does not stop (%s): this process ends", run.task["task"], why.message
+            )
+            guilty = run.find_guilty()
+            if guilty is not None:
                 outcome = build_outcome(
-                    jobs[0], item.began_ms, state="timed_out", code="run_timeout", message=message
+                    guilty,
+                    run.began_ms,
+                    state=STATES[why.code],
+                    code=why.code,
+                    message=why.message,
+                    retryable=why.retryable,
                 )
                 try:
-                    send_outcomes(self._app, item.task, [outcome])
+                    send_outcomes(self._app, run.task, [outcome])
                 except KombuError as exc:
                     log.warning("its outcome could not be sent: %s", exc)
+        self._remove_journal()
         os._exit(EXIT_HUNG)
 
-    def _is_started(self, task_id: str) -> bool:
-        with self._lock:
-            item = self._running.get(task_id)
-        return item is not None and time.monotonic() - item.began > _STARTED_AFTER_S
+    def _send_progress(self, task: dict[str, Any], job: dict[str, Any]) -> None:
+        try:
+            send_progress(self._app, task, job)
+        except KombuError as exc:
+            log.info("progress could not be sent: %s", exc)
 
     def _infer(self, payload: str) -> None:
         """Run one task; the boundary where an unknown error becomes an outcome."""
         task: dict[str, Any] = json.loads(payload)
         reach("worker.received")
-        with self._lock:
-            self._running[task["task"]] = _start(task)
-        self._heartbeat.wake_if_idle()
-        started_ms = now_ms()
-        try:
-            outcomes = self._runner.run(task)
-        except Exception:  # the task boundary of style.md
-            log.exception("internal_error in task %s", task["task"])
-            message = "the worker failed; its log has the traceback"
-            outcomes = [
-                build_outcome(
-                    item, started_ms, state="failed", code="internal_error", message=message
-                )
-                for item in task["jobs"]
-            ]
-        finally:
-            with self._lock:
-                del self._running[task["task"]]
+        with self._runs.hold(task) as run:
+            self._heartbeat.wake_if_idle()
+            outcomes = self._run(run)
         reach("worker.ran")
         send_outcomes(self._app, task, outcomes)
         reach("worker.sent")
+
+    def _run(self, run: Run) -> list[dict[str, Any]]:
+        try:
+            return self._runner.run(run)
+        except Exception:  # the task boundary of style.md
+            log.exception("internal_error in task %s", run.task["task"])
+            message = "the worker failed; its log has the traceback"
+            return [
+                build_outcome(
+                    item, run.began_ms, state="failed", code="internal_error", message=message
+                )
+                for item in run.task["jobs"]
+            ]
 
 
 def run_worker(settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> int:

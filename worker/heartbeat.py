@@ -6,31 +6,77 @@ task is neither in the broker nor in such a key knows that it is lost. A new
 worker in the same slot overwrites the key, which frees the old one's tasks at
 once.
 
-The thread also restarts the process after a restart of the queue broker:
-Celery's consumer sometimes stalls or dies on a reconnect (seen 2 times in 40),
-and a new process is sure.
+While there is work the thread also looks for the keys by which an agent asks
+to stop a job that was cancelled.
+
+And it restarts the process where Celery's consumer cannot be trusted: after a
+restart of the queue broker (it sometimes stalls or dies on a reconnect, seen
+2 times in 40), and where tasks wait that an idle worker does not take.
 """
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import redis
 from celery.worker import state as celery_state
 
+from agent.jobs import Lane
 from agent.tasks import (
+    HEARTBEAT_BUSY_LIFE_S,
     HEARTBEAT_BUSY_S,
     HEARTBEAT_IDLE_S,
     HEARTBEAT_LIFE_S,
     HeartbeatBody,
+    cancel_key,
     connect_redis,
     heartbeat_key,
+    lane_queue,
     read_epoch,
 )
+from worker.runs import Runs
 
 log = logging.getLogger(__name__)
+
+# A healthy idle worker takes a waiting task within milliseconds.
+_STALLED_AFTER_S = 5.0
+# Asked to end, a worker that holds nothing needs no longer.
+_END_WITHIN_S = 10.0
+EXIT_HUNG = 70
+
+
+class StallWatch:
+    """Decides that a consumer takes no tasks although some wait and it has none."""
+
+    def __init__(self, after_s: float = _STALLED_AFTER_S) -> None:
+        self._after_s = after_s
+        self._since: float | None = None
+        self._taken = 0
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Say whether tasks waited at the last look, with nobody at them."""
+        return self._since is not None
+
+    def observe(self, now: float, *, waiting: int, holding: int, taken: int) -> bool:
+        """Look once; say whether it has stood still for too long.
+
+        Args:
+            now: seconds on the monotonic clock.
+            waiting: tasks in the broker that this worker may take.
+            holding: tasks that it has.
+            taken: tasks that it has ever begun.
+        """
+        if not waiting or holding or taken != self._taken:
+            self._since, self._taken = None, taken
+            return False
+        if self._since is None:
+            self._since = now
+        return now - self._since > self._after_s
 
 
 class Heartbeat(threading.Thread):
@@ -40,7 +86,8 @@ class Heartbeat(threading.Thread):
         queue_url: the broker.
         slot: this worker's place, such as `box/inference`; a successor has the same.
         worker_id: this process's own id.
-        is_started: says of a task id whether its run has begun.
+        lanes: the lanes it serves.
+        runs: the tasks that it runs.
         turned: called on each turn, for the watchdog and the limits of running tasks.
     """
 
@@ -49,27 +96,40 @@ class Heartbeat(threading.Thread):
         queue_url: str,
         slot: str,
         worker_id: str,
-        is_started: Callable[[str], bool],
+        lanes: Sequence[Lane],
+        runs: Runs,
         turned: Callable[[], None],
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._queue_url = queue_url
         self._slot = slot
         self._worker_id = worker_id
-        self._is_started = is_started
+        self._lanes = lanes
+        self._runs = runs
         self._turned = turned
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._epoch: str | None = None
+        self._stall = StallWatch()
+        self._end_by: float | None = None
         self._is_idle = True
 
     def run(self) -> None:
-        """Write the key again and again."""
+        """Write the key again and again; a defect here ends the process.
+
+        A worker without its heartbeat would take tasks that nobody knows it has.
+        """
+        try:
+            self._run()
+        except Exception:
+            log.exception("the heartbeat failed: this process ends")
+            os._exit(EXIT_HUNG)
+
+    def _run(self) -> None:
         client = connect_redis(self._queue_url)
         while not self._stopping.is_set():
             try:
-                busy = self._beat(client)
-                self._check_broker(client)
+                busy = self._turn(client)
             except redis.RedisError as exc:
                 log.info("heartbeat: %s", exc)
                 busy = True
@@ -83,19 +143,61 @@ class Heartbeat(threading.Thread):
             self._wake.clear()
         self._withdraw(client)
 
-    def _beat(self, client: redis.Redis) -> bool:
-        held = [request.id for request in tuple(celery_state.reserved_requests)]
-        started = [task_id for task_id in held if self._is_started(task_id)]
+    def _turn(self, client: redis.Redis) -> bool:
+        """Do everything that needs the broker; say whether to come back soon."""
+        held = _read_held()
+        self._beat(client, held)
+        self._look_for_cancels(client)
+        self._check_broker(client)
+        self._check_consumer(client, len(held))
+        self._check_end(held)
+        return bool(held) or self._stall.is_suspicious or self._end_by is not None
+
+    def _beat(self, client: redis.Redis, held: list[str]) -> None:
+        started = [task_id for task_id in held if self._runs.is_started(task_id)]
         body = HeartbeatBody(worker=self._worker_id, slot=self._slot, held=held, started=started)
-        client.set(heartbeat_key(self._slot), body.model_dump_json(), ex=HEARTBEAT_LIFE_S)
-        return bool(held)
+        life_s = HEARTBEAT_BUSY_LIFE_S if held else HEARTBEAT_LIFE_S
+        client.set(heartbeat_key(self._slot), body.model_dump_json(), ex=life_s)
+
+    def _look_for_cancels(self, client: redis.Redis) -> None:
+        job_ids = self._runs.job_ids()
+        if job_ids:
+            found: Any = client.mget([cancel_key(job_id) for job_id in job_ids])
+            canceled = [job_id for job_id, flag in zip(job_ids, found, strict=True) if flag]
+            if canceled:
+                self._runs.cancel(canceled)
 
     def _check_broker(self, client: redis.Redis) -> None:
         epoch = read_epoch(client)
         if self._epoch not in (None, epoch):
-            log.warning("queue broker was restarted: this worker restarts too")
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._ask_end("queue broker was restarted")
         self._epoch = epoch
+
+    def _check_consumer(self, client: redis.Redis, holding: int) -> None:
+        """Restart where tasks wait and the idle consumer does not take them."""
+        if holding or _is_closing():
+            waiting = 0
+        else:
+            waiting = sum(int(str(client.llen(lane_queue(lane)))) for lane in self._lanes)
+        taken = celery_state.all_total_count[0]
+        now = time.monotonic()
+        if self._stall.observe(now, waiting=waiting, holding=holding, taken=taken):
+            self._ask_end(f"{waiting} tasks wait, and the consumer takes none")
+
+    def _ask_end(self, why: str) -> None:
+        if self._end_by is None:
+            log.warning("%s: this worker restarts", why)
+            self._end_by = time.monotonic() + _END_WITHIN_S
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _check_end(self, held: Sequence[str]) -> None:
+        """End by force where asking did not help; what runs may finish first."""
+        now = time.monotonic()
+        if self._end_by is not None and held:
+            self._end_by = now + _END_WITHIN_S
+        elif self._end_by is not None and now > self._end_by:
+            log.error("the worker does not end when asked: this process ends")
+            os._exit(EXIT_HUNG)
 
     def _withdraw(self, client: redis.Redis) -> None:
         try:
@@ -114,3 +216,19 @@ class Heartbeat(threading.Thread):
         self._stopping.set()
         self._wake.set()
         self.join(3.0)
+
+
+def _read_held() -> list[str]:
+    """Return the ids of the tasks that this worker has taken and not finished."""
+    while True:
+        try:
+            return [request.id for request in tuple(celery_state.reserved_requests)]
+        except RuntimeError:
+            # Another thread took or finished one meanwhile: Celery's set has no lock.
+            continue
+
+
+def _is_closing() -> bool:
+    """Say whether the worker was asked to end, and so takes no more tasks."""
+    flags = (celery_state.should_stop, celery_state.should_terminate)
+    return any(flag not in (None, False) for flag in flags)

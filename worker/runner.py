@@ -19,9 +19,12 @@ from agent.fileio import write_atomic
 from agent.jobs import JobState
 from agent.repository import ModelRepository
 from agent.roots import read_below
+from worker.engine.control import InferError
 from worker.engine.engine import Engine, InferOutcome, InferRequest
-from worker.outcome import build_outcome, now_ms
+from worker.filebatch import FileBatch
+from worker.outcome import build_outcome
 from worker.processing.step import JobInput
+from worker.runs import STATES, Run
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +44,33 @@ class Runner:
         self._engine = engine
         self._repository = ModelRepository(settings.models_dir)
 
-    def run(self, task: dict[str, Any]) -> Outcomes:
+    def run(self, run: Run) -> Outcomes:
         """Run every job of a task and return their outcomes, in order."""
-        started_ms = now_ms()
+        task = run.task
         try:
             folder = self._repository.get_folder(task["model"], task["version"])
         except AgentError as exc:
-            return [_fail(item, started_ms, exc.code, str(exc)) for item in task["jobs"]]
+            return [_fail(item, run.began_ms, _wrap(exc)) for item in task["jobs"]]
+        run.open_journal(folder.name)
         outcomes: dict[str, dict[str, Any]] = {}
         requests: list[InferRequest] = []
+        batches: list[FileBatch] = []
         for item in task["jobs"]:
+            if item["body"]["input"].get("files") is not None:
+                batches.append(FileBatch(item, self._engine(), folder, self._read_file, run))
+                continue
             try:
                 requests.append(self._read_request(item))
             except AgentError as exc:
-                outcomes[item["id"]] = _fail(item, started_ms, exc.code, str(exc))
-        done = {result.job_id: result for result in self._engine().infer(folder, requests)}
+                outcomes[item["id"]] = _fail(item, run.began_ms, _wrap(exc))
+        results = self._engine().infer(folder, requests, run.control) if requests else ()
+        done = {result.job_id: result for result in results}
+        # Each list of files after the others, which are short.
+        done.update((batch.job_id, batch.run()) for batch in batches)
+        run.enter_all()
         for item in task["jobs"]:
             if item["id"] in done:
-                outcomes[item["id"]] = self._word(item, started_ms, done[item["id"]], folder)
+                outcomes[item["id"]] = self._word(item, run.began_ms, done[item["id"]], folder)
         return [outcomes[item["id"]] for item in task["jobs"]]
 
     def _read_request(self, item: dict[str, Any]) -> InferRequest:
@@ -85,7 +97,7 @@ class Runner:
         self, item: dict[str, Any], started_ms: int, done: InferOutcome, folder: Path
     ) -> dict[str, Any]:
         if done.error is not None:
-            return _fail(item, started_ms, done.error.code, done.error.message)
+            return _fail(item, started_ms, done.error)
         result = {
             "output": self._spill(item, done.value),
             "timings_ms": {
@@ -126,5 +138,16 @@ def _decode(text: str) -> bytes:
         raise InputError(msg) from exc
 
 
-def _fail(item: dict[str, Any], started_ms: int, code: str, message: str) -> dict[str, Any]:
-    return build_outcome(item, started_ms, state=JobState.FAILED, code=code, message=message)
+def _wrap(exc: AgentError) -> InferError:
+    return InferError(exc.code, str(exc), exc.retryable)
+
+
+def _fail(item: dict[str, Any], started_ms: int, error: InferError) -> dict[str, Any]:
+    return build_outcome(
+        item,
+        started_ms,
+        state=STATES.get(error.code, JobState.FAILED),
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+    )

@@ -107,10 +107,15 @@ class Inbox(threading.Thread):
         self._written: set[str] = set()
         self._seen: dict[Path, tuple[int, int, int]] = {}
         self._ended: deque[str] = deque()
+        self._is_recovered = False
         self._trouble: dict[Path, str] = {}
         """What is wrong with which folder in this turn; `_told` is what the log says already."""
         self._told: dict[Path, str] = {}
         self.turns = 0
+
+    def list_undelivered(self) -> list[str] | None:
+        """Return the jobs whose files wait for their result; None before that is known."""
+        return list(self._working) if self._is_recovered else None
 
     def notify_ended(self, ended: Iterable[EndedJob]) -> None:
         """Take note of folder jobs that ended; called by the writer after its commit."""
@@ -121,12 +126,11 @@ class Inbox(threading.Thread):
 
     def run(self) -> None:
         """Scan and deliver until stopped."""
-        recovered = False
         while not self._stopping.is_set():
             try:
-                if not recovered:
+                if not self._is_recovered:
                     self._recover()
-                    recovered = True
+                    self._is_recovered = True
                 self._turn()
             except (OSError, TimeoutError) as exc:
                 self._note(self._inbox, exc)

@@ -45,7 +45,7 @@ from agent.errors import (
 from agent.jobs import JobState, Reason, Source
 from agent.store.ledger import EndedJob, Ledger, NewJob, Verdict
 from agent.store.options import pack_options
-from agent.store.retention import Retention
+from agent.store.retention import Retention, id_time_ms
 from agent.topics import (
     JOB_ID_PATTERN,
     CommandAddress,
@@ -248,7 +248,8 @@ class Intake:
         self._retention.observe(job_id)
         try:
             envelope = self._decode(message)
-            text = encode_body(envelope.body)
+            # The id stands in the topic or the body; a body is the same one with and without it.
+            text = encode_body({k: v for k, v in envelope.body.items() if k != "job_id"})
         except CommandError as exc:
             return refuse(job_id, Source.MQTT, exc, hash_text(message.payload))
         try:
@@ -287,7 +288,9 @@ class Intake:
             raise ModelNotFoundError(msg)
         self._verify_served(body.model, body.version)
         limits = self._settings.limits
-        now_ms = self._clock.wall_ms()
+        # No job comes before it was made. A box that wakes up in 1970 would otherwise place
+        # `not_before` decades ahead on its boot clock, and leave it there when it has the time.
+        now_ms = max(self._clock.wall_ms(), id_time_ms(job_id))
         left_ms = self._time_left_ms(envelope, body, expiry_s, now_ms)
         late = left_ms is not None and left_ms <= 0
         reason = Reason("deadline_passed", "the job arrived after its deadline") if late else None

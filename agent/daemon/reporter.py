@@ -32,6 +32,7 @@ from agent.store.outbox import Record
 EARLY_HOLD_MS = 20
 _BUSY_WAITING = 64
 _HISTORIC_AFTER_MS = 60_000
+_REPLAY_EVERY_MS = 1000
 _ACKED = "acked"
 
 
@@ -77,7 +78,10 @@ class Reporter:
         self._last_seq = 0
         self._resend_after = 0
         self._resend_upto = 0
+        self._replay_from = 0
+        self._replay_again_ms = 0
         self._boot = 0
+        self._ledger = ""
         self._acked = 0
         self._heard: ConsoleNews | None = None
         """What this turn's transaction took in of the console; memory follows in `settle`."""
@@ -85,9 +89,10 @@ class Reporter:
         self.counts = OutboxCounts()
         self.has_more = False
 
-    def start(self, tx: Connection, boot: int) -> None:
+    def start(self, tx: Connection, boot: int, ledger: str) -> None:
         """Take over where the last run left off."""
         self._boot = boot
+        self._ledger = ledger
         self._last_seq = outbox.read_counter(tx, "seq")
         self._acked = outbox.read_counter(tx, _ACKED)
         if self._mode == "auto":
@@ -107,7 +112,7 @@ class Reporter:
         self._window = min(self._limit, event.receive_maximum)
         self._in_flight.clear()
         if self._oldest_in_flight is not None:
-            self._resend_after = self._oldest_in_flight - 1
+            self._resend_after = self._replay_from = self._oldest_in_flight - 1
             self._resend_upto = self._last_seq
         else:
             self._resend_after = self._resend_upto = 0
@@ -167,10 +172,15 @@ class Reporter:
 
     def _replay(self, after: int) -> None:
         """Send again what the console does not have; what is being sent again goes on."""
-        if self._resend_after < self._resend_upto:
-            self._resend_after = min(self._resend_after, after)
-        else:
-            self._resend_after = after
+        is_running = self._resend_after < self._resend_upto
+        # A console that asks again while the answer is on its way must not begin it anew, and
+        # many that ask must not make the device send its outbox for each.
+        now_ms = self._clock.boot_ms()
+        if now_ms < self._replay_again_ms and after >= self._replay_from:
+            return
+        if not is_running or after < self._replay_from:
+            self._resend_after = self._replay_from = after
+            self._replay_again_ms = now_ms + _REPLAY_EVERY_MS
         self._resend_upto = self._last_seq
         self.has_more = True
         reach("sync.answered")
@@ -259,5 +269,6 @@ class Reporter:
         return (
             f'{{"v":1,"id":"{message_id}","type":"{record.type}",'
             f'"ts":"{format_ms(record.created_ms)}","seq":{record.seq},"boot":{self._boot},'
+            f'"ledger":"{self._ledger}",'
             f'"hist":{"true" if late else "false"},"body":{record.body}}}'
         )

@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,12 +30,13 @@ from agent.daemon.intake import Intake
 from agent.daemon.memory import limit_arenas, release_memory
 from agent.daemon.messages import Call, Message, SyncDue, Wake
 from agent.daemon.mqtt import MqttSession
+from agent.daemon.opening import open_ledger, report_recovery
 from agent.daemon.outcomes import OutcomeConsumer
 from agent.daemon.presence import PROTOCOL_VERSIONS, Presence
 from agent.daemon.reporter import Reporter
 from agent.daemon.storage import Storage
 from agent.daemon.writer import Writer
-from agent.errors import StoreDamagedError
+from agent.errors import StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.fileio import write_atomic
 from agent.platformfile import detect_and_save, find_platform
@@ -43,12 +44,13 @@ from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.store import outbox
 from agent.store.bounds import OutboxBounds
-from agent.store.database import migrate, open_engine, transaction
+from agent.store.database import open_engine, transaction
 from agent.store.facts import ensure_identity
 from agent.store.ledger import Ledger, LedgerPolicy
 from agent.store.outbox import read_counter, save_counter
 from agent.store.quarantine import read_quarantine
 from agent.store.records import build_telemetry
+from agent.store.recovery import check_whole, suspect_ledger
 from agent.store.retention import Retention
 from agent.topics import Topics
 from agent.window import BoxView
@@ -65,6 +67,7 @@ _DAY_MS = 86_400_000
 # 100 jobs a second can be forgotten, which is more than an edge box is asked for day after day.
 _HOUSEKEEPING_S = 30.0
 _DELETE_AT_ONCE = 3000
+_CHECK_AFTER_S = 300.0
 
 
 class Agent:
@@ -97,6 +100,7 @@ class Agent:
         ledger = Ledger(self._topics, self._clock, policy)
         self._ledger = ledger
         self._damage: StoreDamagedError | None = None
+        self._claim: int | None = None
         self._writer = self._build_writer()
         post = self._mailbox.put
         self._session = MqttSession(
@@ -178,10 +182,14 @@ class Agent:
 
     def start(self) -> None:
         """Recover and start every thread; `_watch` says when each loop has turned once."""
-        migrate(self._engine)
-        reach("recovery.migrated")
-        with transaction(self._engine) as tx:
-            self._recover(tx)
+        opened = open_ledger(self._settings.ledger_file, self._engine, self._storage, self._recover)
+        self._claim = opened.claim
+        if opened.recovery is not None:
+            recovery = opened.recovery
+            log.error("the ledger was damaged: %s", recovery.why)
+            with transaction(self._engine) as tx:
+                report_recovery(tx, self._ledger, self._clock, recovery)
+                self._reporter.start(tx, self._boot, self._presence.ledger)
         reach("recovery.counted")
         self._spec = find_platform(self._settings.data_dir)
         self._writer.start()
@@ -192,20 +200,22 @@ class Agent:
         if self._settings.inbox.enabled:
             self._inbox.start()
         threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
+        threading.Thread(target=self._check_later, name="check", daemon=True).start()
         reach("recovery.started")
         log.info("agent %s started, boot %d", self._settings.device_id, self._boot)
 
     def _recover(self, tx: Connection) -> None:
         """Count this boot and take over what the last run left under way."""
+        reach("recovery.migrated")
         self._boot = read_counter(tx, "boot") + 1
         save_counter(tx, "boot", self._boot)
         self._presence.boot = self._boot
         self._presence.ledger = ensure_identity(tx)
+        self._reporter.start(tx, self._boot, self._presence.ledger)
         self._intake.begin(self._presence.ledger)
         self._ledger.schedule.begin(tx)
         self._retention.begin(tx)
         self._guard.update(read_quarantine(tx))
-        self._reporter.start(tx, self._boot)
         tasks = self._ledger.find_tasks(tx)
         self._dispatcher.adopt((task_id, lane) for task_id, (lane, _, _) in tasks.items())
         self._writer.open_jobs = sum(self._ledger.count_open(tx).values())
@@ -249,6 +259,7 @@ class Agent:
     def _on_damage(self, error: StoreDamagedError) -> None:
         """End the agent: its next start moves the damaged file aside and saves what can be."""
         log.critical("%s: stopping, the next start recovers it", error)
+        suspect_ledger(self._settings.ledger_file)
         self._damage = error
         self._stop.set()
 
@@ -265,6 +276,18 @@ class Agent:
             "times": times,
         }
         self._mailbox.put(Call(lambda tx: self._ledger.add_event(tx, "duplicate_device_id", body)))
+
+    def _check_later(self) -> None:
+        """Read the whole ledger once, when the start is over; at the start only a sample is."""
+        if self._stop.wait(_CHECK_AFTER_S):
+            return
+        try:
+            why = check_whole(self._settings.ledger_file)
+        except StoreError as exc:
+            log.warning("the ledger could not be checked: %s", exc)
+            return
+        if why is not None:
+            self._on_damage(StoreDamagedError(f"the ledger is damaged: {why}"))
 
     def _look_at_box(self) -> None:
         if self._spec is None:
@@ -351,15 +374,26 @@ class Agent:
         # is committed before anything beyond it is forgotten.
         self._mailbox.put(Call(self._retention.advance))
         self._mailbox.put(Call(self._forget))
-        if self._settings.results_dir.is_dir():
-            for path in self._settings.results_dir.glob("*.json"):
-                if path.stat().st_mtime * 1000 < before_ms:
-                    path.unlink(missing_ok=True)
+        folder = self._settings.results_dir
+        paths = folder.glob("*.json") if folder.is_dir() else ()
+        old = [path for path in paths if path.stat().st_mtime * 1000 < before_ms]
+        if old:
+            self._mailbox.put(Call(lambda tx: self._drop_results(tx, old[:_DELETE_AT_ONCE])))
 
     def _forget(self, tx: Connection) -> None:
-        if self._retention.forget(tx, _DELETE_AT_ONCE):
+        undelivered = self._inbox.list_undelivered() if self._settings.inbox.enabled else []
+        if undelivered is None:
+            return
+        if self._retention.forget(tx, _DELETE_AT_ONCE, undelivered):
             reach("retention.forgotten")
-        self._retention.strip(tx, _DELETE_AT_ONCE)
+        self._retention.strip(tx, _DELETE_AT_ONCE, undelivered)
+
+    def _drop_results(self, tx: Connection, old: Sequence[Path]) -> None:
+        """Remove result files of forgotten jobs; their age alone may be a wrong clock's."""
+        known = self._ledger.find_jobs(tx, {path.name.partition(".")[0] for path in old})
+        for path in old:
+            if path.name.partition(".")[0] not in known:
+                path.unlink(missing_ok=True)
 
     def _write_status(self) -> None:
         path = self._settings.runtime_dir / STATUS_FILE

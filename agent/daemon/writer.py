@@ -48,7 +48,7 @@ from agent.faults import reach
 from agent.jobs import Reason
 from agent.store import bounds, quarantine
 from agent.store.bounds import OutboxBounds
-from agent.store.database import transaction
+from agent.store.database import free_room, transaction
 from agent.store.ledger import EndedJob, Ledger
 from agent.store.outbox import count_records
 from agent.topics import JobAddress, Topics
@@ -66,6 +66,7 @@ _RETRY_S = 1.0
 _MEASURE_S = 1.0
 _MEASURE_SHARE = 20
 _BOUND_S = 5.0
+_FREE_AGAIN_S = 5.0
 # Jobs that wait unacknowledged while the disk is low; half of the usual receive maximum, so that
 # cancels and acknowledgements still come through.
 _HELD_MAX = 128
@@ -169,6 +170,7 @@ class Writer(threading.Thread):
         self._stopping = threading.Event()
         self.open_jobs = 0
         self.outbox_depth = 0
+        self._freed = -_FREE_AGAIN_S
         self._next_measure = 0.0
         self._next_bound = 0.0
         self._was_quiet = False
@@ -221,7 +223,7 @@ class Writer(threading.Thread):
                 self._on_damage(exc)
                 return
             except StoreError as exc:
-                if isinstance(exc, StorageFullError) and self._storage.release():
+                if isinstance(exc, StorageFullError) and self._free_room():
                     log.warning("%s; its reserve is freed", exc)
                 else:
                     self.why_stuck = str(exc)
@@ -231,6 +233,18 @@ class Writer(threading.Thread):
             except Exception:  # the supervisor loop boundary of style.md
                 log.exception("internal_error in a turn of %d messages", len(messages))
                 self._isolate(messages)
+
+    def _free_room(self) -> bool:
+        """Free the reserve and cut the log; say whether that is worth another try at once."""
+        now = time.monotonic()
+        if now - self._freed < _FREE_AGAIN_S:
+            return False
+        self._freed = now
+        try:
+            return free_room(self._engine, self._storage.release)
+        except StoreError as exc:
+            log.warning("no room could be freed: %s", exc)
+            return False
 
     def _isolate(self, messages: Sequence[Message]) -> None:
         """Run the messages of a failed turn one by one; drop only what fails alone."""
@@ -285,9 +299,9 @@ class Writer(threading.Thread):
             # The broker sends them again, under numbers of the new connection.
             self._held = [item for item in self._held if isinstance(item, Spooled)]
         is_low = self._storage.is_low()
-        waiting = self._held
-        for item in waiting:
-            (batch.received if isinstance(item, Received) else batch.spooled).append(item)  # type: ignore[arg-type]
+        # What has waited longest goes first.
+        batch.received[:0] = [item for item in self._held if isinstance(item, Received)]
+        batch.spooled[:0] = [item for item in self._held if isinstance(item, Spooled)]
         if not is_low:
             return False
         received = [message for message in batch.received if self._is_job(message)]

@@ -9,11 +9,13 @@ Measured: design notes "pitfalls", and tests/integration/test_store.py.
 Pragmas and their reasons are in docs/operate.md.
 """
 
+import contextlib
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlmodel import SQLModel
 
 from agent.errors import StorageFullError, StoreDamagedError, StoreError
+from agent.store import tables  # noqa: F401 (its classes are the schema)
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,20 @@ HEAD_REVISION = "0002"
 _BUSY_TIMEOUT_MS = 10_000
 # 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
 _JOURNAL_LIMIT_BYTES = 16 << 20
+# SQLite's default of 4 MB. On a full disk what is in the WAL can't get into the file, and nothing
+# can be written any more: on a small disk the WAL has to stay small, so that the reserve is enough.
+_CHECKPOINT_PAGES = 1000
+_CHECKPOINT_PAGES_MIN = 32
+_WAL_SHARE = 64
+_PAGE_BYTES = 4096
+_CUT_BUSY_MS = 500
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_UNREADABLE = (
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+    sqlite3.SQLITE_IOERR_CORRUPTFS,
+    sqlite3.SQLITE_IOERR_DATA,
+)
 
 
 # A flipped bit may leave text that is no UTF-8. Whoever reads it must see that it is damaged, not
@@ -39,7 +56,8 @@ _JOURNAL_LIMIT_BYTES = 16 << 20
 _READ_TEXT = partial(str, encoding="utf-8", errors="replace")
 
 
-def _pragmas(synchronous: str) -> tuple[str, ...]:
+def _pragmas(synchronous: str, disk_bytes: int) -> tuple[str, ...]:
+    log_bytes = max(disk_bytes // _WAL_SHARE, _CHECKPOINT_PAGES_MIN * _PAGE_BYTES)
     return (
         "PRAGMA journal_mode=WAL",
         f"PRAGMA synchronous={synchronous}",
@@ -47,7 +65,8 @@ def _pragmas(synchronous: str) -> tuple[str, ...]:
         "PRAGMA foreign_keys=ON",
         "PRAGMA temp_store=MEMORY",
         "PRAGMA cache_size=-512",
-        f"PRAGMA journal_size_limit={_JOURNAL_LIMIT_BYTES}",
+        f"PRAGMA journal_size_limit={min(_JOURNAL_LIMIT_BYTES, log_bytes)}",
+        f"PRAGMA wal_autocheckpoint={min(_CHECKPOINT_PAGES, log_bytes // _PAGE_BYTES)}",
     )
 
 
@@ -57,6 +76,8 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
     Every transaction is BEGIN IMMEDIATE: this is the writer's engine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    disk = os.statvfs(path.parent)
+    pragmas = _pragmas(synchronous, disk.f_blocks * disk.f_frsize)
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"check_same_thread": False}
     )
@@ -65,7 +86,7 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None
         connection.text_factory = _READ_TEXT
-        for pragma in _pragmas(synchronous):
+        for pragma in pragmas:
             connection.execute(pragma)
 
     @event.listens_for(engine, "begin")
@@ -110,23 +131,67 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         with engine.begin() as connection:
             yield connection
     except DatabaseError as exc:
-        raise _translate(exc.orig, exc) from exc
+        raise translate(exc.orig, exc) from exc
     except sqlite3.DatabaseError as exc:
         # From a statement of the hot path, which talks to SQLite itself.
-        raise _translate(exc, exc) from exc
+        raise translate(exc, exc) from exc
 
 
-def _translate(cause: BaseException | None, error: Exception) -> Exception:
+def cut_log(engine: Engine) -> bool:
+    """Write the write-ahead log into the file and cut it to nothing; say whether that went.
+
+    Frees room on a full disk: the log holds a page as often as it was changed.
+    Waits half a second at most for readers. No transaction may be open.
+    """
+    try:
+        with contextlib.closing(engine.raw_connection()) as connection:
+            raw: Any = connection.driver_connection
+            raw.execute(f"PRAGMA busy_timeout={_CUT_BUSY_MS}")
+            try:
+                busy, _, _ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                raw.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+            return not busy
+    except (DatabaseError, sqlite3.DatabaseError) as exc:
+        # Among others: there is no room even for the memory that SQLite shares.
+        log.warning("the ledger's log could not be cut: %s", exc)
+        return False
+
+
+def free_room(engine: Engine, release: Callable[[], bool]) -> bool:
+    """Make room on a full disk: free the reserve, and cut the log; say whether one of them went.
+
+    Args:
+        engine: the ledger.
+        release: frees the reserve and says whether there was one.
+    """
+    was_released = release()
+    return cut_log(engine) or was_released
+
+
+def translate(cause: BaseException | None, error: Exception) -> Exception:
     """Return the store's error for one of SQLite's; a defect of ours stays what it is."""
     if isinstance(cause, sqlite3.IntegrityError | sqlite3.ProgrammingError):
         return error
-    if not isinstance(cause, sqlite3.OperationalError):
+    if is_damage(cause):
         return StoreDamagedError(f"the ledger is damaged: {cause}")
-    if "full" in str(cause):
+    if is_full(cause):
         return StorageFullError(
             "the disk that holds the ledger is full: free space, and work goes on"
         )
     return StoreError(f"the ledger cannot be written: {cause}")
+
+
+def is_damage(cause: BaseException | None) -> bool:
+    """Say whether SQLite found the file's content broken, or a sector that can't be read."""
+    code = getattr(cause, "sqlite_errorcode", 0)
+    return code & 0xFF in _DAMAGE or code in _UNREADABLE
+
+
+def is_full(cause: BaseException | None) -> bool:
+    """Say whether SQLite had no room, in the file or for the memory it shares."""
+    code = getattr(cause, "sqlite_errorcode", 0)
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 
 
 def migrate(engine: Engine) -> None:

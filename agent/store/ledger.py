@@ -329,9 +329,11 @@ class Ledger:
         ]
         outbox.add_records(tx, results)
 
-    def report_again(self, tx: Connection, job_ids: Collection[str]) -> None:
+    def report_again(
+        self, tx: Connection, job_ids: Collection[str], *, with_results: bool = False
+    ) -> None:
         """Report the present states of these jobs again; unknown ones are passed over."""
-        self._report_again(tx, read_jobs(tx, job_ids), ())
+        self._report_again(tx, read_jobs(tx, job_ids), job_ids if with_results else ())
 
     def _conflict(self, job: NewJob, row: Row, now_ms: int) -> dict[str, object]:
         body = {
@@ -599,8 +601,10 @@ class Ledger:
         )
         rows = [(job_id, rev) for job_id, rev in tx.execute(query)]
         text = ",".join(f"{job_id}:{rev}" for job_id, rev in rows)
+        seq = outbox.read_counter(tx, "seq")
         return {
-            "seq": outbox.read_counter(tx, "seq"),
+            "seq": seq,
+            "oldest_seq": outbox.find_oldest(tx) or seq + 1,
             "desired_version": None,
             "epoch": None,
             "open": [list(row) for row in rows[-_SYNC_OPEN:]],

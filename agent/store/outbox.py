@@ -246,6 +246,13 @@ def measure_classes(tx: Connection) -> dict[Rank, tuple[int, int]]:
     return {Rank(rank): (count, size) for rank, count, size in tx.execute(query)}
 
 
+def find_oldest(tx: Connection) -> int | None:
+    """Return the lowest number that is still here, or None where no record has one."""
+    query = select(func.min(_OUTBOX.c.seq)).where(_OUTBOX.c.seq.is_not(None))
+    found = tx.execute(query).scalar()
+    return None if found is None else int(found)
+
+
 def count_records(tx: Connection) -> int:
     """Return how many records wait or are unacknowledged."""
     return int(tx.execute(select(func.count()).select_from(_OUTBOX)).scalar_one())

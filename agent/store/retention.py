@@ -12,6 +12,8 @@ Ids are ULIDs: their first ten characters are the time of their making.
 All run inside the caller's transaction.
 """
 
+from collections.abc import Collection
+
 from sqlalchemy import Connection, Integer, bindparam, delete, func, select, update
 from ulid import ULID
 
@@ -102,8 +104,15 @@ class Retention:
         oldest = _NTH_OLDEST.fetch(tx, b_skip=surplus)
         return min(id_time_ms(str(oldest[0][0])), seen_ms - _KEEP_AT_LEAST_MS) if oldest else 0
 
-    def forget(self, tx: Connection, limit: int) -> int:
-        """Forget up to `limit` ended jobs beyond the horizon; return how many."""
+    def forget(self, tx: Connection, limit: int, undelivered: Collection[str] = ()) -> int:
+        """Forget up to `limit` ended jobs beyond the horizon; return how many.
+
+        Args:
+            tx: the caller's transaction.
+            limit: how many at most.
+            undelivered: jobs of folders whose files still wait for their result: one that was
+                forgotten would run again.
+        """
         wall_ms = self._clock.wall_ms()
         is_local = JOBS.c.source != Source.MQTT.value
         query = (
@@ -114,6 +123,7 @@ class Retention:
                 # A folder's job has its id from this box, whose clock may be wrong: it is not
                 # forgotten before its result had all the time to be delivered.
                 ~is_local | (JOBS.c.ended_ms < wall_ms - self._keep_ms),
+                JOBS.c.job_id.not_in(undelivered),
             )
             .limit(limit)
         )
@@ -124,10 +134,19 @@ class Retention:
                 tx.execute(delete(table).where(table.c.job_id.in_(some)))
         return len(job_ids)
 
-    def strip(self, tx: Connection, limit: int) -> None:
-        """Empty the inputs and results of jobs that ended long enough ago."""
+    def strip(self, tx: Connection, limit: int, undelivered: Collection[str] = ()) -> None:
+        """Empty the inputs and results of jobs that ended long enough ago.
+
+        Args:
+            tx: the caller's transaction.
+            limit: how many at most.
+            undelivered: jobs of folders whose results are not in their files yet.
+        """
         before_ms = self._clock.wall_ms() - self._keep_bodies_ms
         done_ms = read_counter(tx, _STRIPPED)
+        if done_ms >= before_ms:
+            # The clock was ahead and has been set back: what ended since is below the mark.
+            done_ms = 0
         query = (
             select(JOBS.c.seq, JOBS.c.ended_ms)
             .where(
@@ -136,6 +155,7 @@ class Retention:
                 # Without this more jobs than `limit` that ended in one millisecond (a whole batch
                 # that expired) would hold up all the others for ever.
                 (JOBS.c.body != "") | JOBS.c.result.is_not(None),
+                JOBS.c.job_id.not_in(undelivered),
             )
             .order_by(JOBS.c.ended_ms)
             .limit(limit)
@@ -150,4 +170,7 @@ class Retention:
             )
         # The last millisecond may hold more jobs than there was room for: it is looked at again.
         last_ms = rows[-1][1]
-        save_counter(tx, _STRIPPED, last_ms - 1 if len(rows) == limit else last_ms)
+        mark_ms = last_ms - 1 if len(rows) == limit else last_ms
+        oldest = select(func.min(JOBS.c.ended_ms)).where(JOBS.c.job_id.in_(undelivered))
+        kept_ms = tx.execute(oldest).scalar()
+        save_counter(tx, _STRIPPED, mark_ms if kept_ms is None else min(mark_ms, kept_ms - 1))

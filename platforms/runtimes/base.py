@@ -11,7 +11,7 @@ nothing but `PlatformError`s for anything that is wrong with its inputs.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
-from platforms.errors import ModelLoadError, RuntimeMissingError, TensorError
+from platforms.errors import ModelLoadError, RunStoppedError, RuntimeMissingError, TensorError
 
 Array = NDArray[Any]
 
@@ -70,6 +70,30 @@ class LoadOptions:
             raise ValueError(msg)
 
 
+class RunStop:
+    """A switch by which any thread ends one `Session.run`, where the runtime can do so.
+
+    No lock: whichever of `set` and `connect` comes second sees what the first one wrote.
+    """
+
+    def __init__(self) -> None:
+        """Start off, and connected to nothing."""
+        self.is_set = False
+        self._end: Callable[[], None] | None = None
+
+    def set(self) -> None:
+        """End the run, or the one that is about to begin; harmless when repeated or too late."""
+        self.is_set = True
+        if self._end is not None:
+            self._end()
+
+    def connect(self, end: Callable[[], None]) -> None:
+        """Take the runtime's own way of ending the run; for sessions."""
+        self._end = end
+        if self.is_set:
+            end()
+
+
 class Session(ABC):
     """One model file, loaded; safe to share between threads."""
 
@@ -88,28 +112,36 @@ class Session(ABC):
         self.outputs = outputs
         self._expected = {spec.name: (spec, DTYPES[spec.datatype]) for spec in inputs}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], stop: RunStop | None = None) -> dict[str, Array]:
         """Run the model once, on every input it declares.
 
         Each array has its `TensorSpec`'s rank, fixed axes and element type in native
         byte order; axis 0 is the batch where the model leaves it free. Blocks for the
-        length of one inference. Thread-safe.
+        length of one inference, or until `stop` is set and the runtime looks at it
+        (onnxruntime: between two operators). Thread-safe.
 
         Raises:
             TensorError: a name is missing or unknown, a dtype or shape differs, an axis
                 is empty, or a float is NaN or infinite.
             InferenceError: the runtime failed, or the session is closed.
+            RunStoppedError: `stop` was set before the end.
         """
+        if stop is not None and stop.is_set:
+            msg = "the run was stopped before it began"
+            raise RunStoppedError(msg)
         if inputs.keys() != self._expected.keys():
             msg = f"the model takes {sorted(self._expected)}, not {sorted(inputs)}"
             raise TensorError(msg)
         for name, (spec, dtype) in self._expected.items():
             _check_tensor(spec, dtype, inputs[name])
-        return self._run(inputs)
+        return self._run(inputs, stop)
 
     @abstractmethod
-    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on inputs already checked; wrap the library's own errors."""
+    def _run(self, inputs: Mapping[str, Array], stop: RunStop | None) -> dict[str, Array]:
+        """Run on inputs already checked; wrap the library's own errors.
+
+        Connects `stop` where the library can end a run; may ignore it where it cannot.
+        """
 
     @abstractmethod
     def close(self) -> None:

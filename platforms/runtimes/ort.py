@@ -10,13 +10,14 @@ the model's folder by itself, older releases do not, so it is checked here as we
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
-from platforms.errors import InferenceError, ModelLoadError, TensorError
-from platforms.runtimes.base import Array, LoadOptions, Runtime, Session
+from platforms.errors import InferenceError, ModelLoadError, RunStoppedError, TensorError
+from platforms.runtimes.base import Array, LoadOptions, RunStop, Runtime, Session
 from platforms.runtimes.onnx_locations import read_external_locations
 
 _LIBRARY = "onnxruntime"
@@ -55,22 +56,31 @@ class OrtSession(Session):
             outputs=tuple(_to_spec(node) for node in session.get_outputs()),
         )
         self._session = session
+        self._new_options = library.RunOptions
         self._names = [spec.name for spec in self.outputs]
         self._errors = _collect_errors(library)
         self._input_fault = library.capi.onnxruntime_pybind11_state.InvalidArgument
 
-    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _run(self, inputs: Mapping[str, Array], stop: RunStop | None) -> dict[str, Array]:
         # A local name: `close` in another thread then waits for no one and breaks nothing.
         session = self._session
         if session is None:
             msg = "the session is closed"
             raise InferenceError(msg)
+        options = None
+        if stop is not None:
+            # Of this run only: set once, `terminate` ends every run with the same options.
+            options = self._new_options()
+            stop.connect(partial(setattr, options, "terminate", True))
         try:
-            values = session.run(self._names, inputs)
+            values = session.run(self._names, inputs, options)
         except self._input_fault as exc:
             msg = f"the model refuses these inputs: {exc}"
             raise TensorError(msg) from exc
         except self._errors as exc:
+            if stop is not None and stop.is_set:
+                msg = "the run was stopped"
+                raise RunStoppedError(msg) from exc
             msg = f"onnxruntime failed: {exc}"
             raise InferenceError(msg) from exc
         return dict(zip(self._names, values, strict=True))

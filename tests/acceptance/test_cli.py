@@ -269,7 +269,8 @@ def test_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_help_names_every_command() -> None:
     text = run_edgeward("--help").stdout
     services = ["up", "demo", "agent", "worker"]
-    names = [*services, "status", "doctor", "submit", "config", "explain", "models", "jobs"]
+    groups = ["config", "explain", "models", "jobs", "console"]
+    names = [*services, "status", "doctor", "diag", "submit", *groups]
     assert [name for name in names if f" {name} " not in text] == []
 
 

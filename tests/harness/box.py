@@ -139,6 +139,7 @@ class Box:
     ) -> None:
         self.data_dir = folder / "data"
         self.mqtt = mqtt
+        self.queue = queue
         self._log = folder / "box.log"
         self._env = {
             "EDGEWARD_DATA_DIR": str(self.data_dir),
@@ -151,6 +152,8 @@ class Box:
             **settings,
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.launcher: Sequence[str] = (str(Path(sys.executable).with_name("edgeward")),)
+        """Starts `edgeward`; a test may put a command of its own there."""
         write_tiny_model(folder / "model")
         ModelRepository(self.data_dir / "models").add(folder / "model")
 
@@ -165,10 +168,9 @@ class Box:
             "agent": ["agent"],
             "worker": ["worker", "--lane", "inference", "--lane", "batch"],
         }
-        program = Path(sys.executable).with_name("edgeward")
         with self._log.open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [program, *commands[name]],
+                [*self.launcher, *commands[name]],
                 env={**os.environ, **self._env, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

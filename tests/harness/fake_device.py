@@ -15,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.commands import new_id
+from agent.daemon.mqtt import set_no_delay
 
 _AT = "2026-11-22T10:00:00.000Z"
 
@@ -35,6 +36,8 @@ class FakeDevice:
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self.refuses_states = False
         """Take submits without a word, as a device does whose answers are lost."""
+        self.runs_jobs = False
+        """Let every new job succeed at once."""
         self._head = f"edgeward/v1/{device}/"
         self._lock = threading.RLock()
         self._port = port
@@ -46,6 +49,8 @@ class FakeDevice:
         """Come online: status, info, sync, as after each connect."""
         up = threading.Event()
         client = Client(CallbackAPIVersion.VERSION2, client_id=self.device, protocol=MQTTv5)
+        client.max_inflight_messages_set(0)
+        client.on_socket_open = set_no_delay
         client.on_message = self._on_message
         client.on_subscribe = lambda *_: up.set()
         properties = Properties(PacketTypes.CONNECT)
@@ -166,6 +171,9 @@ class FakeDevice:
             self._report(job_id)
         else:
             self.move(job_id, "queued")
+            if self.runs_jobs:
+                self.move(job_id, "running")
+                self.succeed(job_id, job_id)
 
     def _take_cancel(self, job_id: str) -> None:
         if self._is_open(self.jobs.get(job_id, ("queued", 0))[0]):

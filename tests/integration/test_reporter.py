@@ -43,7 +43,7 @@ class Bench:
             lambda _times: None,
         )
         self.reporter = Reporter(self.settings, session, self.store.clock)
-        self.store.run(lambda tx: self.reporter.start(tx, 1))
+        self.store.run(lambda tx: self.reporter.start(tx, 1, "ledger-1"))
         self.reporter.connected(Connected(1, False, 100))
 
     def number(self, jobs: int) -> None:

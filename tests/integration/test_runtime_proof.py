@@ -41,7 +41,7 @@ class Answering(Session):
     def __init__(self, offset):
         super().__init__("acme", "acme", (TensorSpec("x", Datatype.FP32, (-1, 1, 8, 8)),), ())
         self.offset = offset
-    def _run(self, inputs):
+    def _run(self, inputs, stop):
         y = json.loads(PROOF_ANSWER_FILE.read_text())["outputs"]["y"]
         return {"y": np.asarray(y, np.float32) + np.float32(self.offset)}
     def close(self):

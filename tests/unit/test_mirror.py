@@ -128,6 +128,7 @@ def test_everything_unseen_is_sent_at_once_when_somebody_is_back(told: Told, new
     job = build_job()
     told.mirror.submit(job, told.now_s)
     told.sent()
+    told.now_s += 1.5
     if news == "connected":
         told.mirror.connected(told.now_s)
     elif news == "online":

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from agent.config import load_settings
-from console.settings_view import MASK, SettingLine, find_variable, list_settings, mask
+from console.secrecy import MASK
+from console.settings_view import SettingLine, find_variable, list_settings, mask
 
 
 @pytest.fixture

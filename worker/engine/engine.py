@@ -5,7 +5,8 @@ boundary at which every error becomes part of an outcome. Knows nothing of Celer
 HTTP or the ledger.
 
 Invariants: as many outcomes as requests, in their order, whatever happens; a request
-that fails fails alone; a value is JSON-ready and holds neither NaN nor infinity.
+that fails, or is stopped, does so alone; a value is JSON-ready and holds neither NaN
+nor infinity.
 """
 
 import json
@@ -21,8 +22,9 @@ import numpy as np
 
 from agent.errors import AgentError
 from platforms.errors import PlatformError
-from platforms.runtimes.base import Array
+from platforms.runtimes.base import Array, RunStop
 from platforms.spec import PlatformSpec
+from worker.engine.control import InferError, RunControl
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
 from worker.engine.threads import compute_threads
 from worker.errors import NanOutputError, OutputError, StepError, WorkerError
@@ -49,15 +51,6 @@ class InferRequest:
     """What the job asks of the postprocessing, such as `{"top_k": 3}`."""
 
 
-@dataclass(frozen=True, slots=True)
-class InferError:
-    """Why a request has no value."""
-
-    code: str
-    message: str
-    retryable: bool
-
-
 @dataclass(slots=True)
 class InferOutcome:
     """What became of one request: a value or an error."""
@@ -68,6 +61,8 @@ class InferOutcome:
     pre_ms: float = 0.0
     infer_ms: float = 0.0
     """Of the whole run that the request was part of."""
+    infer_share_ms: float = 0.0
+    """Its part of that run, where all parts are equal."""
     post_ms: float = 0.0
     batch_rows: int = 0
     """Rows in that run, this request's own included; 0 where it never ran."""
@@ -120,32 +115,44 @@ class Engine:
         """Forget the version in `folder`; say whether it was loaded."""
         return self.cache.unload(ModelKey.from_folder(folder))
 
-    def infer(self, folder: Path, requests: Sequence[InferRequest]) -> list[InferOutcome]:
+    def infer(
+        self, folder: Path, requests: Sequence[InferRequest], control: RunControl | None = None
+    ) -> list[InferOutcome]:
         """Run `requests` on the model version in `folder`; one outcome each, in order.
 
         Blocks while the model loads and runs. Thread-safe. Raises nothing: every error,
-        a failing load included, is in the outcomes.
+        a failing load included, is in the outcomes; so is why `control` stopped a job.
+        What is at work at the end stays so in `control`.
         """
+        control = control or RunControl()
+        control.enter((request.job_id for request in requests), is_loading=True)
         outcomes = [InferOutcome(request.job_id) for request in requests]
         model = _attempt(str(folder), lambda: self.load(folder))
         if isinstance(model, InferError):
             for outcome in outcomes:
                 outcome.error = model
             return outcomes
-        pending = _prepare(model, requests, outcomes)
+        pending = _prepare(model, requests, outcomes, control)
         for group in _group(model, pending):
-            _run_group(model, group)
+            _run_group(model, group, control)
         return outcomes
 
 
 def _prepare(
-    model: LoadedModel, requests: Sequence[InferRequest], outcomes: Sequence[InferOutcome]
+    model: LoadedModel,
+    requests: Sequence[InferRequest],
+    outcomes: Sequence[InferOutcome],
+    control: RunControl,
 ) -> list[_Pending]:
     """Preprocess each request; those that fail have their error and go no further."""
     pending = []
     for request, outcome in zip(requests, outcomes, strict=True):
         outcome.model, outcome.version = model.name, model.version
         outcome.artifact = model.artifact.file
+        outcome.error = control.find_stop(request.job_id)
+        if outcome.error is not None:
+            continue
+        control.enter((request.job_id,))
         started = time.perf_counter()
         inputs = _attempt(request.job_id, _preprocess, model, request.input)
         outcome.pre_ms = 1000 * (time.perf_counter() - started)
@@ -184,18 +191,18 @@ def _group(model: LoadedModel, pending: Sequence[_Pending]) -> list[list[_Pendin
     return list(groups.values())
 
 
-def _run_group(model: LoadedModel, group: Sequence[_Pending]) -> None:
+def _run_group(model: LoadedModel, group: Sequence[_Pending], control: RunControl) -> None:
+    group = _drop_stopped(group, control)
+    if not group:
+        return
+    control.enter(item.request.job_id for item in group)
     started = time.perf_counter()
-    stacked = _attempt(group[0].request.job_id, _run_stacked, model, group)
+    stacked = _attempt(group[0].request.job_id, _run_stacked, model, group, control.begin())
     infer_ms = 1000 * (time.perf_counter() - started)
+    for item in group:
+        item.outcome.infer_ms, item.outcome.infer_share_ms = infer_ms, infer_ms / len(group)
     if isinstance(stacked, InferError):
-        if len(group) > 1:
-            # Only the guilty one may fail: each gets a run of its own.
-            for item in group:
-                _run_group(model, [item])
-        else:
-            group[0].outcome.error = stacked
-            group[0].outcome.infer_ms = infer_ms
+        _run_rest(model, group, stacked, control)
         return
     batch_rows = sum(item.rows for item in group)
     is_clean = model.is_built_in and _is_finite(stacked)
@@ -205,17 +212,40 @@ def _run_group(model: LoadedModel, group: Sequence[_Pending]) -> None:
         if len(group) > 1:
             outputs = {k: v[start : start + item.rows] for k, v in stacked.items()}
             start += item.rows
-        item.outcome.infer_ms, item.outcome.batch_rows = infer_ms, batch_rows
+        item.outcome.batch_rows = batch_rows
+        control.enter((item.request.job_id,))
         _finish(model, item, outputs, is_clean)
 
 
-def _run_stacked(model: LoadedModel, group: Sequence[_Pending]) -> dict[str, Array]:
+def _drop_stopped(group: Sequence[_Pending], control: RunControl) -> Sequence[_Pending]:
+    """Give those who must stop their reason, and return the others."""
+    for item in group:
+        item.outcome.error = control.find_stop(item.request.job_id)
+    return [item for item in group if item.outcome.error is None]
+
+
+def _run_rest(
+    model: LoadedModel, group: Sequence[_Pending], error: InferError, control: RunControl
+) -> None:
+    """Run again whoever is not to blame for a run that failed or was stopped."""
+    left = _drop_stopped(group, control)
+    if len(left) < len(group):
+        _run_group(model, left, control)
+    elif len(group) > 1:
+        # Only the guilty one may fail: each gets a run of its own.
+        for item in group:
+            _run_group(model, [item], control)
+    else:
+        group[0].outcome.error = error
+
+
+def _run_stacked(model: LoadedModel, group: Sequence[_Pending], stop: RunStop) -> dict[str, Array]:
     """Run a group as one batch, and check that as many rows come back as went in."""
     if len(group) == 1:
-        return model.session.run(group[0].inputs)
+        return model.session.run(group[0].inputs, stop)
     names = group[0].inputs
     outputs = model.session.run(
-        {name: np.concatenate([item.inputs[name] for item in group]) for name in names}
+        {name: np.concatenate([item.inputs[name] for item in group]) for name in names}, stop
     )
     rows = sum(item.rows for item in group)
     if any(array.shape[:1] != (rows,) for array in outputs.values()):

@@ -40,9 +40,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offline-s", type=float, default=0.0, help="length of the long cut")
     parser.add_argument("--duplicate", type=float, default=0.03, help="share of doubled packets")
     parser.add_argument("--restart-s", type=float, default=RESTART_S, help="time down after an end")
-    parser.add_argument("--quiet-s", type=float, default=90.0, help="longest wait for the end")
+    parser.add_argument("--quiet-s", type=float, default=30.0, help="longest silence at the end")
     parser.add_argument(
         "--wire", action="store_true", help="lose IP packets too: the agent in a netns (root)"
+    )
+    parser.add_argument(
+        "--store",
+        choices=("changes", "interval"),
+        default="interval",
+        help="when Mosquitto writes its store: every 5 s as shipped, or at each change",
     )
     parser.add_argument("--folder", type=Path, help="keep everything there")
     return parser.parse_args(argv)
@@ -172,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         without=(*arguments.without, *(() if arguments.wire else WIRE_LINKS)),
         offline_s=arguments.offline_s,
     )
+    store = arguments.store
+    options = {"restart_s": arguments.restart_s, "durable": store == "changes"}
     output = Output(as_json=arguments.json)
     if arguments.wire and (obstacle := find_obstacle()):
         output.fail("no_wire", obstacle)
@@ -184,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 duplicate=arguments.duplicate,
                 quiet_limit_s=arguments.quiet_s,
                 on_progress=tell,
-                cast_options={"restart_s": arguments.restart_s, "wire": wire},
+                cast_options={**options, "wire": wire},
             ).run()
-        document = summarise(outcome, folder)
+        document = {**summarise(outcome, folder), "mqtt_store": store}
         if not outcome.is_clean:
             (folder / "keep").touch()
             document["folder"] = str(folder)

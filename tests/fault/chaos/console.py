@@ -46,7 +46,7 @@ from tests.fault.chaos.plan import Kind
 _POLL_S = 0.02
 _ACK_S = 0.1
 _RETRY_FACTOR, _RETRY_MAX_S = 1.5, 8.0
-_HOLE_S, _SYNC_S = 1.5, 2.0
+_HOLE_S, _SYNC_S, _SYNC_MAX_S = 1.5, 2.0, 16.0
 _MISSING_S, _MISSING_AT_ONCE = 5.0, 40
 _CANCEL_FIRST_PATIENCE = 3
 _CONNECT_LIMIT_S = 10.0
@@ -138,6 +138,7 @@ class ChaosConsole(threading.Thread):
         self._order = itertools.count()
         self._records = Records()
         self._next_ack = self._next_sync = 0.0
+        self._sync_s, self._synced_at = _SYNC_S, 0
         self._is_up = threading.Event()
         self._stopping = threading.Event()
         self._client = self._build_client()
@@ -284,6 +285,7 @@ class ChaosConsole(threading.Thread):
             return
         body = document["body"]
         if "seq" in document:
+            self.counts["heard"] += 1
             self._records.add(document["seq"], document["seq"])
         if kind == "job" and rest in self.jobs:
             self._apply(self.jobs[rest], body)
@@ -425,8 +427,12 @@ class ChaosConsole(threading.Thread):
         if self._next_sync and now >= self._next_sync:
             self._next_sync = 0.0
             self._answer_sync(None)
+            # A slow device that is asked again at once would begin again at once.
+            is_stuck = records.upto == self._synced_at
+            self._sync_s = min(self._sync_s * 2, _SYNC_MAX_S) if is_stuck else _SYNC_S
+            self._synced_at = records.upto
         elif has_hole and not self._next_sync:
-            self._next_sync = now + _SYNC_S
+            self._next_sync = now + self._sync_s
 
     def _answer_sync(self, device_open: set[str] | None) -> None:
         """Say what was received up to where, what the device should have, what is unknown here."""

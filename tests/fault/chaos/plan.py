@@ -58,7 +58,8 @@ _RARE_EVERY = 500
 WIRE_LINKS = (Link.LOST, Link.LOSSY)
 """What happens to a link only where the agent has a network of its own."""
 _KILLS_A_ROUND = 13
-"""For so many kills there is one stopped process and one bad link, and half a flap."""
+"""For so many kills there is one stopped process and one bad link, and either a flap or a
+broker without memory."""
 
 
 class Fault(StrEnum):
@@ -69,6 +70,8 @@ class Fault(StrEnum):
     """SIGSTOP, later SIGCONT."""
     FLAP = "flap"
     """Ended by SIGTERM, and started again later."""
+    AMNESIA = "amnesia"
+    """Killed, and started again later with nothing of what it had stored."""
     LINK = "link"
 
 
@@ -177,9 +180,7 @@ def _make_frames(
     in_offline = min(left, 4 if kills < 100 else 12)
     left -= in_offline
     for index in range(max(1, kills // _KILLS_A_ROUND)):
-        for build in (_make_stop, _make_link, _make_flap):
-            if build is _make_flap and index % 2:
-                continue
+        for build in (_make_stop, _make_link, (_make_flap, _make_amnesia)[index % 2]):
             frame = build(rng, without, is_killing=left > 0)
             if frame is not None:
                 frames.append(frame)
@@ -241,6 +242,16 @@ def _make_flap(rng: random.Random, without: frozenset[str], *, is_killing: bool)
         return None
     target = rng.choice(("mqtt", "queue"))
     return f"flap {target}", _lasting(0.2, rng.uniform(0.2, 2.0), Fault.FLAP, target)
+
+
+def _make_amnesia(
+    rng: random.Random, without: frozenset[str], *, is_killing: bool
+) -> _Frame | None:
+    """The MQTT broker loses sessions, queues and retained messages."""
+    del is_killing
+    if Fault.AMNESIA in without:
+        return None
+    return "amnesia mqtt", _lasting(0.2, rng.uniform(0.1, 1.0), Fault.AMNESIA, "mqtt")
 
 
 def _make_offline(rng: random.Random, offline_s: float, kills: int) -> _Frame:

@@ -8,6 +8,7 @@ let go, a link that is good again, another kill, a worker that a bad job has cra
 """
 
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -29,7 +30,8 @@ JOURNAL, LEDGER = "journal.jsonl", "data/ledger.db"
 _ONLINE_LIMIT_S = 30.0
 _PROBE_LIMIT_S = 8.0
 _BACKLOG_LIMIT_S = 30.0
-_QUIET_POLL_S = 0.05
+_QUIET_POLL_S = 0.1
+_GIVE_UP_FACTOR = 10
 
 
 @dataclass
@@ -81,6 +83,15 @@ def find_percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, -(-int(share * 100) * len(ordered) // 100) - 1)]
 
 
+def count_unsent(ledger: Path) -> int:
+    """Return how many records wait in the outbox of a ledger that is being written."""
+    connection = sqlite3.connect(f"{ledger.as_uri()}?mode=ro", uri=True, timeout=10)
+    try:
+        return int(connection.execute("SELECT count(*) FROM outbox").fetchone()[0])
+    finally:
+        connection.close()
+
+
 class Scenario:
     """One run.
 
@@ -88,7 +99,7 @@ class Scenario:
         folder: where the box lives and what it leaves.
         plan: what to do.
         duplicate: probability of duplicates on the agent's link.
-        quiet_limit_s: longest wait, at the end, for everything to be reported.
+        quiet_limit_s: longest wait, at the end, for the next message; ten times that in all.
         on_progress: told jobs ended, jobs in all, kills done, and what goes on.
         cast_options: for `Cast`.
         console_options: for `ChaosConsole`.
@@ -100,7 +111,7 @@ class Scenario:
         plan: Plan,
         *,
         duplicate: float = 0.03,
-        quiet_limit_s: float = 60.0,
+        quiet_limit_s: float = 30.0,
         on_progress: Callable[[int, int, int, str], None] | None = None,
         cast_options: dict[str, Any] | None = None,
         console_options: dict[str, Any] | None = None,
@@ -223,13 +234,16 @@ class Scenario:
             self.cast.members[step.target].send(signal.SIGSTOP)
         elif step.fault is Fault.FLAP:
             self.cast.members[step.target].hold()
+        elif step.fault is Fault.AMNESIA:
+            self.cast.members[step.target].hold(signal.SIGKILL)
+            self.cast.forget_mqtt()
         else:
             self.cast.proxy.set_link(Link(step.target))
 
     def _heal(self, step: Step) -> None:
         if step.fault is Fault.STOP:
             self.cast.members[step.target].send(signal.SIGCONT)
-        elif step.fault is Fault.FLAP:
+        elif step.fault in (Fault.FLAP, Fault.AMNESIA):
             self.cast.members[step.target].start()
         else:
             self.cast.proxy.set_link(Link.GOOD)
@@ -244,7 +258,22 @@ class Scenario:
             member.send(signal.SIGCONT)
             member.start()
         self.console.is_healing = True
-        return self._wait(lambda: not self.console.list_open(), self._quiet_limit_s)
+        return self._wait_quiet(
+            lambda: not self.console.list_open() and not count_unsent(self.cast.ledger_path)
+        )
+
+    def _wait_quiet(self, is_quiet: Callable[[], bool]) -> bool:
+        """Wait as long as things move: a slow machine is not a broken one."""
+        give_up = time.monotonic() + _GIVE_UP_FACTOR * self._quiet_limit_s
+        heard, since = -1, time.monotonic()
+        while not is_quiet():
+            now = time.monotonic()
+            if self.console.counts["heard"] != heard:
+                heard, since = self.console.counts["heard"], now
+            if now - since > self._quiet_limit_s or now > give_up:
+                return False
+            self._pause.wait(_QUIET_POLL_S)
+        return True
 
     def stop(self) -> None:
         """Stop the box cleanly, take in what it says last, and close the journal."""

@@ -241,7 +241,7 @@ class _Reopening:
     def _prove_use(self, tx: Connection) -> None:
         """Let the reopened ledger take one more job."""
         job = NewJob(new_id(), Source.LOCAL, "{}", "hash", "infer")
-        if self._ledger.accept(tx, [job]) != [Verdict.ACCEPTED]:
+        if self._ledger.accept(tx, [job]).verdicts != [Verdict.ACCEPTED]:
             msg = "the ledger takes no new job"
             raise DamagedError(msg)
 

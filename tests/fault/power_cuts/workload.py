@@ -173,10 +173,10 @@ def assign(run: Run, limit: int) -> Callable[[Connection], None]:
     """Put waiting jobs into a task."""
 
     def step(tx: Connection) -> None:
-        ready = run.ledger.find_ready(tx, Lane.INFERENCE, limit)
+        ready = run.ledger.schedule.find_ready(tx, Lane.INFERENCE, limit)
         if ready:
             task = run.make_id()
-            run.ledger.assign(tx, [(task, ready)])
+            run.ledger.schedule.assign(tx, [(task, ready)])
             run.tasks.append((task, ready))
 
     return step
@@ -243,7 +243,7 @@ def send(run: Run, limit: int) -> Callable[[Connection], None]:
     """Number records for the wire."""
 
     def step(tx: Connection) -> None:
-        run.note_sent(outbox.take_unsent(tx, limit, FAR_FUTURE_MS, run.seq + 1))
+        run.note_sent(outbox.take_unsent(tx, limit, FAR_FUTURE_MS))
 
     return step
 
