@@ -151,7 +151,9 @@ def test_result_file_of_a_remembered_job_outlives_a_clock_a_year_ahead(box: Cloc
     assert known.exists()
 
 
-@pytest.mark.parametrize("offset_s", [JUMPS["a year ahead"], -JUMPS["1970"]])
+@pytest.mark.parametrize(
+    "offset_s", [JUMPS["a year ahead"], -JUMPS["1970"]], ids=["a year", "from 1970"]
+)
 def test_worker_that_starts_after_a_jump_takes_no_task_that_another_still_runs(
     queue_broker: QueueProcess, monkeypatch: pytest.MonkeyPatch, offset_s: int
 ) -> None:

@@ -534,6 +534,7 @@ def test_crash_before_the_commit_takes_the_command_again(bench: Bench) -> None:
         (make_envelope(make_body(), v=2), "unsupported_version"),
         (b" " * 262145, "payload_too_large"),
     ],
+    ids=["half", "no id", "path", "version", "long"],
 )
 def test_command_that_names_no_job_is_kept_under_its_code(
     bench: Bench, payload: bytes, code: str
