@@ -555,7 +555,7 @@ class Ledger:
         return changes.write(tx)
 
     def _count_crash(self, tx: Connection, crash: CrashReport, version: str, now_ms: int) -> None:
-        if quarantine.record_crash(tx, crash.model, version, crash.signal, now_ms):
+        if quarantine.record_crash(tx, crash.task_id, crash.model, version, crash.signal, now_ms):
             body: dict[str, object] = {
                 "code": "model_quarantined",
                 "model": crash.model,

@@ -7,7 +7,7 @@ crashes helps nobody, and the other models of the box want to run.
 All functions run inside the caller's transaction.
 """
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from agent.store.tables import Crash, Quarantine
@@ -22,9 +22,12 @@ _DAY_MS = 86_400_000
 ModelVersion = tuple[str, str]
 
 
-def record_crash(tx: Connection, model: str, version: str, signal: str, at_ms: int) -> bool:
-    """Count a crash; say whether it has put the version into quarantine just now."""
-    tx.execute(insert(_CRASHES).values(model=model, version=version, signal=signal, at_ms=at_ms))
+def record_crash(
+    tx: Connection, task_id: str, model: str, version: str, signal: str, at_ms: int
+) -> bool:
+    """Count the crash of a task; say whether it has put the version into quarantine just now."""
+    row = {"task_id": task_id, "model": model, "version": version, "signal": signal}
+    tx.execute(upsert(_CRASHES).values(**row, at_ms=at_ms).on_conflict_do_nothing())
     # Also those "after" this one: the clock was set back, and nobody knows how long ago they were.
     old = (_CRASHES.c.at_ms < at_ms - _DAY_MS) | (_CRASHES.c.at_ms > at_ms)
     tx.execute(delete(_CRASHES).where(old))
@@ -34,8 +37,8 @@ def record_crash(tx: Connection, model: str, version: str, signal: str, at_ms: i
     if int(tx.execute(query).scalar_one()) < LIMIT or (model, version) in read_quarantine(tx):
         return False
     reason = f"crashed its worker {LIMIT} times within {PERIOD_MS // 60_000} min, last by {signal}"
-    row = upsert(_QUARANTINE).values(model=model, version=version, reason=reason, since_ms=at_ms)
-    tx.execute(row.on_conflict_do_nothing())
+    entry = upsert(_QUARANTINE).values(model=model, version=version, reason=reason, since_ms=at_ms)
+    tx.execute(entry.on_conflict_do_nothing())
     return True
 
 

@@ -171,6 +171,8 @@ class Crash(SQLModel, table=True):
     __tablename__ = "crashes"
 
     id: int | None = Field(default=None, primary_key=True)
+    task_id: str = Field(unique=True)
+    """The task that ran: a report that comes twice counts once."""
     model: str
     version: str
     signal: str

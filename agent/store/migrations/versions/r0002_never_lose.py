@@ -50,6 +50,7 @@ def _create_tables() -> None:
     op.create_table(
         "crashes",
         sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("task_id", sa.String, nullable=False, unique=True),
         sa.Column("model", sa.String, nullable=False),
         sa.Column("version", sa.String, nullable=False),
         sa.Column("signal", sa.String, nullable=False),
