@@ -409,43 +409,49 @@ def read_blocked(store: Store) -> set[tuple[str, str]]:
 
 def test_three_crashes_of_one_version_put_it_and_no_other_into_quarantine(store: Store) -> None:
     for version in ("1", "1", "2"):
-        store.crash("task", version=version)
-    store.crash("task", model="other")
+        store.crash(new_id(), version=version)
+    store.crash(new_id(), model="other")
     assert read_blocked(store) == set()
-    store.crash("task", version="1")
+    store.crash(new_id(), version="1")
     assert read_blocked(store) == {("digits", "1")}
     events = [body for kind, body in store.reports() if kind == "event"]
     assert [(body["code"], body["model"], body["version"]) for body in events] == [
         ("model_quarantined", "digits", "1")
     ]
-    store.crash("task", version="1")
+    store.crash(new_id(), version="1")
     assert len([kind for kind, _ in store.reports() if kind == "event"]) == 1
 
 
 def test_crashes_over_more_than_ten_minutes_do_not_add_up(store: Store) -> None:
     for _ in range(6):
-        store.crash("task")
+        store.crash(new_id())
         store.clock.advance(5 * 60_000)
     assert read_blocked(store) == set()
 
 
 def test_crashes_from_before_the_clock_was_set_back_do_not_add_up(store: Store) -> None:
     for _ in range(2):
-        store.crash("task")
+        store.crash(new_id())
     store.clock.wall -= 365 * DAY_MS
-    store.crash("task")
+    store.crash(new_id())
+    assert read_blocked(store) == set()
+
+
+def test_crash_that_is_reported_again_counts_once(store: Store) -> None:
+    for _ in range(5):
+        store.crash("task-1")
     assert read_blocked(store) == set()
 
 
 def test_released_version_has_three_crashes_before_it_again(store: Store) -> None:
     for _ in range(3):
-        store.crash("task")
+        store.crash(new_id())
     assert store.run(lambda tx: quarantine.release(tx, "digits", "1"))
     assert not store.run(lambda tx: quarantine.release(tx, "digits", "1"))
     for _ in range(2):
-        store.crash("task")
+        store.crash(new_id())
     assert read_blocked(store) == set()
-    store.crash("task")
+    store.crash(new_id())
     assert read_blocked(store) == {("digits", "1")}
 
 
