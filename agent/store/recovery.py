@@ -169,8 +169,8 @@ def verify_ledger(path: Path, *, whole: bool = False, timeout_s: float = _BUSY_S
     """
     whole = whole or path.stat().st_size <= CHECK_WHOLE_BYTES
     try:
-        with _reading(path, timeout_s) as connection:
-            accepted = _read_frames_in_use(path)
+        with contextlib.ExitStack() as afterwards, _reading(path, timeout_s) as connection:
+            accepted = _read_frames_in_use(path, afterwards)
             lost = count_lost_commits(path, accepted)
             if lost >= _TWICE:
                 return f"its write-ahead log is damaged: {lost} commits are behind a bad frame"
@@ -237,16 +237,24 @@ def _reading(path: Path, timeout_s: float = _BUSY_S) -> Iterator[sqlite3.Connect
         connection.close()
 
 
-def _read_frames_in_use(path: Path) -> int:
+def _read_frames_in_use(path: Path, afterwards: contextlib.ExitStack) -> int:
     """Return how many frames of the log SQLite takes; its index shows it while one reads.
 
-    Source: https://www.sqlite.org/walformat.html, section 2.1.
+    To close any descriptor of a file ends all locks that this process has on it, SQLite's too:
+    another process would then take the index for unused, and cut it under us (SIGBUS).
+
+    Source: https://www.sqlite.org/walformat.html, section 2.1, and
+    https://www.sqlite.org/howtocorrupt.html, section 2.2.
+
+    Args:
+        path: the ledger.
+        afterwards: closed when this process has no connection to the ledger any more.
     """
     try:
-        with path.with_name(f"{path.name}-shm").open("rb") as file:
-            return int.from_bytes(os.pread(file.fileno(), 4, _FRAMES_IN_USE_AT), sys.byteorder)
+        file = afterwards.enter_context(path.with_name(f"{path.name}-shm").open("rb"))
     except FileNotFoundError:
         return 0
+    return int.from_bytes(os.pread(file.fileno(), 4, _FRAMES_IN_USE_AT), sys.byteorder)
 
 
 def _is_cut(path: Path, connection: sqlite3.Connection) -> bool:

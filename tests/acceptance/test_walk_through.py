@@ -71,7 +71,9 @@ def test_messages_are_of_the_documented_kinds_in_order(said: list[dict[str, Any]
 
 def test_box_is_online_with_its_model(said: list[dict[str, Any]]) -> None:
     status, reported = said[:2]
+    ledger = status.pop("ledger")
     assert status == {"state": "online", "boot": 1, "conn": 1}
+    assert {message["ledger"] for message in said if "seq" in message} == {ledger}
     digits = reported["body"]["models"]["digits"]
     assert (digits["active"]["version"], digits["versions"]) == (1, [1])
 

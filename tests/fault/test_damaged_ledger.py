@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import pytest
 
 from agent.errors import StoreError
 from agent.jobs import Source
+from agent.store import recovery
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import NewJob
 from agent.store.recovery import (
@@ -512,6 +515,33 @@ def test_job_with_a_flipped_bit_is_kept_for_its_hash_to_tell(sound: Path, tmp_pa
     recover_ledger(path, "test")
     assert read_ids(path) == read_ids(sound)
     assert read_rows(path, "SELECT count(*) FROM jobs WHERE body LIKE '%\ufffd%'") == [(1,)]
+
+
+def test_check_of_the_ledger_at_start_keeps_its_locks_against_other_readers(
+    torn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A start once read SQLite's index of the log and closed it, and with that gave up every lock:
+    # a command line that looked at the same time then cut the index under the check, which found
+    # damage where there was none, or ended with SIGBUS.
+    path = copy(torn, tmp_path)
+    check = recovery._check
+    codes = []
+
+    def try_lock(connection: sqlite3.Connection, table: str = "") -> str | None:
+        # The byte of the index that every connection locks, and that one must have alone to cut it.
+        take = (
+            "import fcntl, sys; file = open(sys.argv[1], 'r+b');"
+            "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 128)"
+        )
+        index = path.with_name(f"{path.name}-shm")
+        done = subprocess.run([sys.executable, "-c", take, str(index)], capture_output=True)
+        codes.append((done.returncode, b"BlockingIOError" in done.stderr))
+        return check(connection, table)
+
+    monkeypatch.setattr(recovery, "_check", try_lock)
+
+    assert recovery.verify_ledger(path) is None
+    assert codes == [(1, True)]
 
 
 def test_second_agent_on_a_ledger_is_refused(tmp_path: Path) -> None:

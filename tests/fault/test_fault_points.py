@@ -292,9 +292,13 @@ def leave_open_jobs(stage: Stage, load: Load) -> None:
     try:
         stage.start_agent()
         stage.put(load)
-        wait_until(
-            lambda: set(load.mqtt + load.local) <= stage.find_jobs(load).keys(), WAIT_S, "taken"
-        )
+        try:
+            wait_until(
+                lambda: set(load.mqtt + load.local) <= stage.find_jobs(load).keys(), WAIT_S, "taken"
+            )
+        except AssertionError as exc:
+            message = f"{exc}: {stage.find_missing(load)}\n{stage.box.read_log()[-3000:]}"
+            raise AssertionError(message) from exc
         stage.box.kill("agent")
     finally:
         worker.send_signal(signal.SIGCONT)

@@ -82,8 +82,14 @@ class BrokerProcess:
 class MqttProcess(BrokerProcess):
     """An MQTT broker on a loopback port of its own."""
 
-    def __init__(self, folder: Path, kind: MqttBrokerKind = MqttBrokerKind.MOSQUITTO) -> None:
-        self.broker: MqttBroker = prepare_mqtt_broker(folder, folder, kind=kind)
+    def __init__(
+        self,
+        folder: Path,
+        kind: MqttBrokerKind = MqttBrokerKind.MOSQUITTO,
+        *,
+        durable: bool = False,
+    ) -> None:
+        self.broker: MqttBroker = prepare_mqtt_broker(folder, folder, kind=kind, durable=durable)
         self.host = self.broker.host
         self.port = self.broker.port
         super().__init__(self.broker.argv, self.broker.is_ready, folder / "mqtt.log")

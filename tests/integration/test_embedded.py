@@ -255,7 +255,10 @@ def test_the_supervisor_runs_both_brokers_from_their_descriptions(tmp_path: Path
     assert not mqtt_broker.is_ready()
 
 
-def test_mosquitto_keeps_all_but_its_last_turn_over_a_kill(mosquitto: MqttProcess) -> None:
+def test_durable_mosquitto_keeps_all_but_its_last_turn_over_a_kill(tmp_path: Path) -> None:
+    require_binary("mosquitto")
+    mosquitto = MqttProcess(tmp_path, durable=True)
+    mosquitto.start()
     before = Sessions(mosquitto)
     before.open("device", persistent=True).subscribe("c2d/#").close()
     console = before.open("console")
@@ -272,6 +275,22 @@ def test_mosquitto_keeps_all_but_its_last_turn_over_a_kill(mosquitto: MqttProces
     assert device.session_present
     assert device.receive().topic == "c2d/job/1"
     assert after.open("reader").subscribe("d2c/info").receive().payload == b"birth"
+    after.close()
+    mosquitto.stop()
+
+
+def test_mosquitto_keeps_all_over_a_stop(mosquitto: MqttProcess) -> None:
+    before = Sessions(mosquitto)
+    before.open("device", persistent=True).subscribe("c2d/#").close()
+    before.open("console").publish("c2d/job/1", b"{}")
+    mosquitto.stop()
+    before.close()
+    mosquitto.start()
+
+    after = Sessions(mosquitto)
+    device = after.open("device", persistent=True)
+    assert device.session_present
+    assert device.receive().topic == "c2d/job/1"
     after.close()
 
 

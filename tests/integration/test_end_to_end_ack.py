@@ -191,6 +191,7 @@ def test_agent_asks_to_reconcile_in_its_period_and_after_rebirth(
     assert set(body) == {
         "ledger",
         "seq",
+        "oldest_seq",
         "desired_version",
         "epoch",
         "open",

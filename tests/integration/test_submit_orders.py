@@ -165,8 +165,8 @@ CASES: dict[str, Case] = {
     ),
     # Rule 2: same id, another body.
     "conflict": ([("submit", "queued 1"), ("other body", "conflict queued 1")], [Q]),
-    "named in its body is another body": (
-        [("submit", "queued 1"), ("named in body", "conflict queued 1")],
+    "named in its body is the same body": (
+        [("submit", "queued 1"), ("named in body", "queued 1")],
         [Q],
     ),
     "conflict then duplicate": (
