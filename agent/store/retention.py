@@ -9,6 +9,9 @@ ahead neither forgets its ends nor refuses fresh jobs.
 
 Ids are ULIDs: their first ten characters are the time of their making.
 
+What has no such two sides (emptying inputs and results) goes by a time that is *believed*: the
+wall clock, but a jump ahead only once it has lasted as long as they are kept.
+
 All run inside the caller's transaction.
 """
 
@@ -27,6 +30,10 @@ _DAY_MS = 86_400_000
 _HORIZON = "horizon_ms"
 _NEWEST = "newest_id_ms"
 _STRIPPED = "stripped_ms"
+_BELIEVED = "believed_ms"
+_DOUBTED = "doubted_ms"
+# Clocks are set by network time now and then: not each correction is a jump.
+_SLACK_MS = 3_600_000
 _PREFIX = 10
 _ULID_MAX_MS = 2**48 - 1
 # However many jobs a box has: ids of the last day are always remembered.
@@ -67,6 +74,7 @@ class Retention:
         self._keep_bodies_ms = keep_bodies_days * _DAY_MS
         self._newest = ""
         self._floor = ""
+        self._looked_boot_ms = clock.boot_ms()
 
     def begin(self, tx: Connection) -> None:
         """Take the horizon over from the last run."""
@@ -104,6 +112,23 @@ class Retention:
         newest_ms = id_time_ms(self._newest + "0" * 16) if self._newest else 0
         return min(self._clock.wall_ms(), newest_ms)
 
+    def believe(self, tx: Connection) -> int:
+        """Return the wall time as far as it is believed, and never more than the wall time.
+
+        A clock that is set back is believed at once. One that jumps ahead, also while the agent
+        is down, is believed after `keep_bodies_days` of running with it.
+        """
+        wall_ms, boot_ms = self._clock.wall_ms(), self._clock.boot_ms()
+        lived_ms, self._looked_boot_ms = boot_ms - self._looked_boot_ms, boot_ms
+        believed_ms = read_counter(tx, _BELIEVED) + lived_ms
+        doubted_ms = read_counter(tx, _DOUBTED) + lived_ms
+        is_new = believed_ms == lived_ms
+        if is_new or wall_ms <= believed_ms + _SLACK_MS or doubted_ms >= self._keep_bodies_ms:
+            believed_ms, doubted_ms = wall_ms, 0
+        save_counter(tx, _BELIEVED, believed_ms)
+        save_counter(tx, _DOUBTED, doubted_ms)
+        return believed_ms
+
     def _bound_by_count(self, tx: Connection, seen_ms: int) -> int:
         """Return the horizon that leaves as many ends as may be kept, a day of them at least."""
         surplus = int(_COUNT_ENDED.fetch(tx)[0][0]) - _KEEP_ENDS
@@ -121,7 +146,7 @@ class Retention:
             undelivered: jobs of folders whose files still wait for their result: one that was
                 forgotten would run again.
         """
-        wall_ms = self._clock.wall_ms()
+        now_ms = self.believe(tx)
         is_local = JOBS.c.source != Source.MQTT.value
         query = (
             select(JOBS.c.job_id)
@@ -130,7 +155,7 @@ class Retention:
                 JOBS.c.ended_ms.is_not(None),
                 # A folder's job has its id from this box, whose clock may be wrong: it is not
                 # forgotten before its result had all the time to be delivered.
-                ~is_local | (JOBS.c.ended_ms < wall_ms - self._keep_ms),
+                ~is_local | (JOBS.c.ended_ms < now_ms - self._keep_ms),
                 JOBS.c.job_id.not_in(undelivered),
             )
             .limit(limit)
@@ -150,21 +175,23 @@ class Retention:
             limit: how many at most.
             undelivered: jobs of folders whose results are not in their files yet.
         """
-        before_ms = self._clock.wall_ms() - self._keep_bodies_ms
+        before_ms = self.believe(tx) - self._keep_bodies_ms
         done_ms = read_counter(tx, _STRIPPED)
         if done_ms >= before_ms:
             # The clock was ahead and has been set back: what ended since is below the mark.
             done_ms = 0
+        ended = (
+            (JOBS.c.ended_ms > done_ms)
+            & (JOBS.c.ended_ms < before_ms)
+            # Without this more jobs than `limit` that ended in one millisecond (a whole batch
+            # that expired) would hold up all the others for ever.
+            & ((JOBS.c.body != "") | JOBS.c.result.is_not(None))
+        )
+        # A job that ended while the clock was years behind has its true age in its id.
+        is_kept = JOBS.c.job_id.in_(undelivered) | (JOBS.c.job_id >= floor_id(before_ms))
         query = (
             select(JOBS.c.seq, JOBS.c.ended_ms)
-            .where(
-                JOBS.c.ended_ms > done_ms,
-                JOBS.c.ended_ms < before_ms,
-                # Without this more jobs than `limit` that ended in one millisecond (a whole batch
-                # that expired) would hold up all the others for ever.
-                (JOBS.c.body != "") | JOBS.c.result.is_not(None),
-                JOBS.c.job_id.not_in(undelivered),
-            )
+            .where(ended, ~is_kept)
             .order_by(JOBS.c.ended_ms)
             .limit(limit)
         )
@@ -179,6 +206,5 @@ class Retention:
         # The last millisecond may hold more jobs than there was room for: it is looked at again.
         last_ms = rows[-1][1]
         mark_ms = last_ms - 1 if len(rows) == limit else last_ms
-        oldest = select(func.min(JOBS.c.ended_ms)).where(JOBS.c.job_id.in_(undelivered))
-        kept_ms = tx.execute(oldest).scalar()
+        kept_ms = tx.execute(select(func.min(JOBS.c.ended_ms)).where(ended, is_kept)).scalar()
         save_counter(tx, _STRIPPED, mark_ms if kept_ms is None else min(mark_ms, kept_ms - 1))

@@ -9,7 +9,7 @@ time sees the jump: the agent, and also ids, logs, Celery, kombu and paho. The m
 and files' times stay as they are.
 
 Housekeeping runs each moment instead of each half minute, so that whatever a wrong clock makes
-it do happens in a test.
+it do happens in a test; where `hurry` is false, it runs as shipped.
 """
 
 import json
@@ -47,10 +47,12 @@ class Shift:
         return int(self.read().get("offset_s", 0))
 
 
-def write_shift(path: Path, offset_s: int, boot: str | None = None) -> None:
+def write_shift(
+    path: Path, offset_s: int, boot: str | None = None, *, is_hurried: bool = True
+) -> None:
     """Let the clocks of the processes that were started with this file jump."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"offset_s": offset_s, "boot": boot}))
+    part.write_text(json.dumps({"offset_s": offset_s, "boot": boot, "hurry": is_hurried}))
     part.replace(path)
 
 
@@ -79,7 +81,8 @@ def main() -> None:
     """Shift this process's clocks, and run the rest as `edgeward` would."""
     shift = Shift(Path(sys.argv.pop(1)))
     shift_clocks(shift)
-    hurry(shift)
+    if shift.read().get("hurry", True):
+        hurry(shift)
     from console.entry import main as run_edgeward
 
     run_edgeward()

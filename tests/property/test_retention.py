@@ -15,7 +15,7 @@ from ulid import ULID
 from agent.store.retention import floor_id, id_time_ms
 from tests.harness.desk import MODEL, Desk
 
-DAY_MS = 86_400_000
+HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 KEEP_DAYS = 3
 BODY = {"handler": "infer", "model": MODEL, "input": {"data_b64": ""}}
 
@@ -162,4 +162,85 @@ def test_bodies_of_jobs_that_ended_long_ago_are_emptied_and_all_else_is_kept(des
     assert desk.store.job(ids[0])["result"] is None
     assert send(desk, ids[0]) == 0
     assert desk.history(ids[0])[-1] == ("succeeded", "ok")
+    desk.close()
+
+
+def keep_house(desk: Desk) -> None:
+    desk.store.run(lambda tx: desk.retention.strip(tx, 100))
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_clock_that_jumps_a_year_ahead_empties_no_fresh_result(
+    desk: Desk, is_restarted: bool
+) -> None:
+    # Chaos found it: every result of the last two days was gone once the clock had jumped.
+    job_id = str(ULID.from_timestamp(desk.clock.wall / 1000))
+    send(desk, job_id)
+    desk.store.dispatch()
+    desk.store.finish(job_id)
+    keep_house(desk)
+
+    desk.clock.wall += 365 * DAY_MS
+    if is_restarted:
+        desk.restart()
+    for _ in range(47):
+        desk.clock.advance(HOUR_MS)
+        keep_house(desk)
+        assert desk.store.job(job_id)["result"] is not None
+    desk.clock.wall -= 365 * DAY_MS
+    keep_house(desk)
+    assert desk.store.job(job_id)["result"] is not None
+
+    desk.clock.wall += 365 * DAY_MS
+    for _ in range(49):
+        desk.clock.advance(HOUR_MS)
+        keep_house(desk)
+    assert desk.store.job(job_id)["result"] is None
+    desk.close()
+
+
+def test_clock_that_comes_from_1970_to_now_is_believed_in_the_end(desk: Desk) -> None:
+    now_ms, desk.clock.wall = desk.clock.wall, 0
+    keep_house(desk)
+    desk.clock.wall = now_ms
+    job_id = str(ULID.from_timestamp(now_ms / 1000))
+    send(desk, job_id)
+    desk.store.dispatch()
+    desk.store.finish(job_id)
+    for _ in range(5 * 24):
+        desk.clock.advance(HOUR_MS)
+        keep_house(desk)
+    assert desk.store.job(job_id)["result"] is None
+    desk.close()
+
+
+def test_job_that_ended_while_the_clock_was_years_behind_keeps_its_result(desk: Desk) -> None:
+    # Chaos found it: once the clock was right again, the job had ended ten years ago.
+    right_ms = desk.clock.wall
+    job_id = str(ULID.from_timestamp(right_ms / 1000))
+    send(desk, job_id)
+    desk.store.dispatch()
+    desk.clock.wall -= 3650 * DAY_MS
+    desk.store.finish(job_id)
+    keep_house(desk)
+    desk.clock.wall = right_ms
+    for _ in range(60):
+        desk.clock.advance(HOUR_MS)
+        keep_house(desk)
+        is_due = desk.clock.wall - right_ms > 2 * DAY_MS
+        assert is_due or desk.store.job(job_id)["result"] is not None
+    desk.close()
+
+
+def test_console_whose_clock_is_ahead_keeps_no_bodies_for_longer(desk: Desk) -> None:
+    ids = [str(ULID.from_timestamp((desk.clock.wall + HOUR_MS + n) / 1000)) for n in range(3)]
+    for job_id in ids:
+        send(desk, job_id)
+        desk.store.dispatch()
+        desk.store.finish(job_id)
+        desk.clock.advance(1000)
+    for _ in range(2 * 24 + 3):
+        desk.clock.advance(HOUR_MS)
+        keep_house(desk)
+    assert [desk.store.job(job_id)["result"] for job_id in ids] == [None] * 3
     desk.close()

@@ -335,6 +335,19 @@ def _dispatch_expired(history: History) -> None:
     history.jobs["EXPIRED"]["attempt"] = 1
 
 
+def _expire_fresh(history: History) -> None:
+    history.send("FRESH", ECHO_BODY)
+    history.add_job("FRESH", [RAN[0], (2, "expired", 0, "deadline_passed")], ECHO_BODY)
+    history.hear_state("FRESH", 2)
+
+
+def _expire_early(history: History) -> None:
+    body = {**ECHO_BODY, "queue_ttl_s": 60}
+    history.send("EARLY", body)
+    history.add_job("EARLY", [RAN[0], (2, "expired", 0, "ttl_passed")], body)
+    history.hear_state("EARLY", 2)
+
+
 def _skip_number(history: History) -> None:
     history.last_seq += 1
 
@@ -378,6 +391,8 @@ def _reuse_number(history: History) -> None:
         (_replace_original, DOUBLE, "conflict replaced the original"),
         (_run_expired, DOUBLE, "ran after its time"),
         (_dispatch_expired, DOUBLE, "ran after its time"),
+        (_expire_fresh, LOST, "expired without a time limit"),
+        (_expire_early, LOST, "expired before its time"),
         (_skip_number, LOST, "number never arrived"),
         (_reuse_number, DOUBLE, "number used twice"),
     ],
@@ -388,6 +403,21 @@ def test_a_broken_rule_is_found(
     damage(history)
 
     assert (kind, rule) in find(history)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(True, True), (True, False), (False, False)])
+def test_late_job_may_run_only_where_the_clock_of_the_device_was_wrong(
+    history: History, begins: bool, ends: bool
+) -> None:
+    broken = {"do": "note", "what": "broken", "fault": "clock", "target": "-3600"}
+    history.lines += [broken] if begins else []
+    history.send("LATE", ECHO_BODY, not_after="2026-11-22T09:00:00Z")
+    history.add_job("LATE", RAN, ECHO_BODY, [1, 2])
+    history.hear_state("LATE", 3)
+    history.hear_result("LATE")
+    history.lines += [{**broken, "what": "healed"}] if ends else []
+
+    assert find(history) == (set() if begins else {(DOUBLE, "ran after its time")})
 
 
 @pytest.mark.parametrize("before", [None, *sorted(checker.ENDS), "queued", "running"])

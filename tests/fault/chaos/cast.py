@@ -21,6 +21,7 @@ from tests.fault.chaos.journal import Journal
 from tests.fault.chaos.models import install_models
 from tests.fault.chaos.proxy import Proxy
 from tests.fault.chaos.wire import Wire
+from tests.fault.shifted import write_shift
 from tests.harness.waiting import wait_until
 
 DEVICE = "chaos-box"
@@ -217,7 +218,9 @@ class Cast:
             **SETTINGS,
             **(settings or {}),
         }
-        program = (sys.executable, "-m", "console.entry")
+        self._clock_path = folder / "clock.json"
+        self.set_clock(0)
+        program = (sys.executable, "-m", "tests.fault.shifted", str(self._clock_path))
         agent = agent_argv or (*program, "agent")
         commands: dict[str, Sequence[str]] = {
             "agent": agent if wire is None else wire.wrap(agent),
@@ -250,6 +253,10 @@ class Cast:
                 member.supervise()
                 if member.starts != before:
                     self._journal.note("restarted", member=member.name)
+
+    def set_clock(self, offset_s: int) -> None:
+        """Put the wall clock of agent and worker wrong by so many seconds."""
+        write_shift(self._clock_path, offset_s, is_hurried=False)
 
     def forget_mqtt(self) -> None:
         """Remove what the MQTT broker has stored, while it is down."""

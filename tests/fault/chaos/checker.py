@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ class Log:
     """Of each outbox number, the topic and body that came under it."""
     gaps: list[tuple[int, int]] = field(default_factory=list)
     ledgers: list[str] = field(default_factory=list)
+    wrong_clocks: list[tuple[float, float]] = field(default_factory=list)
+    """From when until when the device's wall clock was wrong."""
 
 
 @dataclass
@@ -204,6 +207,8 @@ def read_log(path: Path) -> Log:
                 log.taken.add(line["tag"])
             elif line["do"] == "heard":
                 _read_heard(log, line)
+            elif line["do"] == "note" and line.get("fault") == "clock":
+                _read_clock(log, line)
     return log
 
 
@@ -222,6 +227,13 @@ def _read_send(log: Log, line: dict[str, Any]) -> None:
     )
     target = log.cancels if words[2:] == ["cancel"] else log.submits
     target[words[1]].append(sent)
+
+
+def _read_clock(log: Log, line: dict[str, Any]) -> None:
+    if line["what"] == "broken":
+        log.wrong_clocks.append((line["t"], inf))
+    else:
+        log.wrong_clocks[-1] = (log.wrong_clocks[-1][0], line["t"])
 
 
 def _without_id(body: Any) -> Any:
@@ -455,15 +467,46 @@ def check_conflicts(log: Log, ledger: Ledger) -> Findings:
 
 
 def check_expired(log: Log, ledger: Ledger) -> Findings:
-    """A job that was past its time whenever it was sent never runs; one that expired never ran."""
+    """A job that was past its time whenever it was sent never runs; one that expired never ran.
+
+    And none expires that has no time limit, or before its `queue_ttl_s` has passed since it was
+    first sent, whatever the device's clock says.
+    """
     for job, row in ledger.jobs.items():
         steps = ledger.steps[job]
         if row.state == "expired" and steps[0].state == "expired" and row.attempt:
             yield Finding(DOUBLE, "ran after its time", job, _show(steps))
         sends = log.submits.get(job, [])
         is_late = bool(sends) and all(_was_late(sent) for sent in sends)
-        if is_late and (row.attempt or len(steps) != 1):
+        if is_late and (row.attempt or len(steps) != 1) and not _was_clock_wrong(log, job):
             yield Finding(DOUBLE, "ran after its time", job, _show(steps))
+        if row.state == "expired" and sends:
+            yield from _check_expiry(log, job, sends)
+
+
+def _check_expiry(log: Log, job: str, sends: list[Sent]) -> Findings:
+    if any(sent.expiry is not None or sent.not_after is not None for sent in sends):
+        return
+    bodies = [sent.body for sent in sends if isinstance(sent.body, dict)]
+    limits = [float(body["queue_ttl_s"]) for body in bodies if "queue_ttl_s" in body]
+    if not limits:
+        yield Finding(LOST, "expired without a time limit", job, _show_times(log, job))
+        return
+    told = [item.t for item in log.told.get(job, []) if item.state == "expired"]
+    if told and min(told) < min(sent.t for sent in sends) + min(limits):
+        yield Finding(LOST, "expired before its time", job, _show_times(log, job))
+
+
+def _was_clock_wrong(log: Log, job: str) -> bool:
+    """Say whether the device's clock was wrong at any time between first submit and first state."""
+    first = min(sent.t for sent in log.submits[job])
+    last = min((item.t for item in log.told.get(job, [])), default=inf)
+    return any(begin <= last and first <= end for begin, end in log.wrong_clocks)
+
+
+def _show_times(log: Log, job: str) -> str:
+    sent = [round(item.t, 3) for item in log.submits[job]]
+    return f"sent {sent}, told {[(round(item.t, 3), item.state) for item in log.told.get(job, [])]}"
 
 
 def _was_late(sent: Sent) -> bool:

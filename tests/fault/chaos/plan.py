@@ -58,8 +58,11 @@ _RARE_EVERY = 500
 WIRE_LINKS = (Link.LOST, Link.LOSSY)
 """What happens to a link only where the agent has a network of its own."""
 _KILLS_A_ROUND = 13
-"""For so many kills there is one stopped process and one bad link, and either a flap or a
-broker without memory."""
+"""For so many kills there is one stopped process, one bad link and one wrong clock, and either a
+flap or a broker without memory."""
+_YEAR_S = 365 * 86_400
+CLOCK_JUMPS_S = (60, -3600, _YEAR_S, -10 * _YEAR_S, -1_795_000_000)
+"""The last one: 1970, as on a board without a battery."""
 
 
 class Fault(StrEnum):
@@ -73,6 +76,8 @@ class Fault(StrEnum):
     AMNESIA = "amnesia"
     """Killed, and started again later with nothing of what it had stored."""
     LINK = "link"
+    CLOCK = "clock"
+    """The wall clock of agent and worker jumps, and later back."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Step:
     at_s: float
     fault: Fault | None = None
     target: str = ""
-    """A member, or the link's state by its name."""
+    """A member, the link's state by its name, or by how many seconds the clock is wrong."""
     lasts_s: float = 0.0
     jobs: tuple[Kind, ...] = ()
     is_healing: bool = False
@@ -180,7 +185,8 @@ def _make_frames(
     in_offline = min(left, 4 if kills < 100 else 12)
     left -= in_offline
     for index in range(max(1, kills // _KILLS_A_ROUND)):
-        for build in (_make_stop, _make_link, (_make_flap, _make_amnesia)[index % 2]):
+        outage = (_make_flap, _make_amnesia)[index % 2]
+        for build in (_make_stop, _make_link, _make_jump, outage):
             frame = build(rng, without, is_killing=left > 0)
             if frame is not None:
                 frames.append(frame)
@@ -234,6 +240,16 @@ def _make_link(rng: random.Random, without: frozenset[str], *, is_killing: bool)
     if is_killing and rng.random() < 0.7:
         steps.append(_kill(0.1 + rng.uniform(0.1, lasts_s), rng.choice(MEMBERS)))
     return f"link {link}", steps
+
+
+def _make_jump(rng: random.Random, without: frozenset[str], *, is_killing: bool) -> _Frame | None:
+    if Fault.CLOCK in without:
+        return None
+    offset_s, lasts_s = rng.choice(CLOCK_JUMPS_S), rng.triangular(0.5, 4.0, 1.0)
+    steps = _lasting(0.1, lasts_s, Fault.CLOCK, str(offset_s))
+    if is_killing and rng.random() < 0.7:
+        steps.append(_kill(0.1 + rng.uniform(0.1, lasts_s), rng.choice(MEMBERS)))
+    return f"clock {offset_s:+}", steps
 
 
 def _make_flap(rng: random.Random, without: frozenset[str], *, is_killing: bool) -> _Frame | None:

@@ -237,6 +237,8 @@ class Scenario:
         elif step.fault is Fault.AMNESIA:
             self.cast.members[step.target].hold(signal.SIGKILL)
             self.cast.forget_mqtt()
+        elif step.fault is Fault.CLOCK:
+            self.cast.set_clock(int(step.target))
         else:
             self.cast.proxy.set_link(Link(step.target))
 
@@ -245,6 +247,8 @@ class Scenario:
             self.cast.members[step.target].send(signal.SIGCONT)
         elif step.fault in (Fault.FLAP, Fault.AMNESIA):
             self.cast.members[step.target].start()
+        elif step.fault is Fault.CLOCK:
+            self.cast.set_clock(0)
         else:
             self.cast.proxy.set_link(Link.GOOD)
 
@@ -252,6 +256,7 @@ class Scenario:
         """Heal everything and wait until nothing is left to do; say whether that came."""
         self._tell("settling")
         self.journal.note("settling")
+        self.cast.set_clock(0)
         self.cast.proxy.set_link(Link.GOOD)
         self.cast.proxy.duplicate = 0.0
         for member in self.cast.members.values():
