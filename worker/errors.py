@@ -5,9 +5,13 @@ WorkerError
 │   └── BadImageError       the bytes are no image that may be decoded
 ├── OutputError             a model's outputs cannot become a result
 │   └── NanOutputError      they hold NaN, or an infinite number where JSON needs a finite one
-└── StepError               a manifest's processing cannot be set up
-    ├── UnknownStepError    it names a step that is not installed
-    └── StepParamsError     it gives a step parameters that it does not take
+├── StepError               a manifest's processing cannot be set up
+│   ├── UnknownStepError    it names a step that is not installed
+│   └── StepParamsError     it gives a step parameters that it does not take
+└── ServingError            a request for an answer at once was not taken
+    ├── ModelUnavailableError  the model has been unloaded, or does not load
+    ├── RequestRejectedError   too many wait already
+    └── RequestTimeoutError    it waited too long for its turn
 """
 
 from typing import ClassVar
@@ -60,3 +64,30 @@ class StepParamsError(StepError):
     """The manifest gives a processing step parameters that it does not take."""
 
     code = "bad_processing_params"
+
+
+class ServingError(WorkerError):
+    """A request for an answer at once was not taken."""
+
+    code = "not_served"
+
+
+class ModelUnavailableError(ServingError):
+    """The model has been unloaded, or it does not load."""
+
+    code = "model_unavailable"
+    retryable = True
+
+
+class RequestRejectedError(ServingError):
+    """Too many requests for this model wait already."""
+
+    code = "too_many_requests"
+    retryable = True
+
+
+class RequestTimeoutError(ServingError):
+    """The request waited longer for its turn than it may."""
+
+    code = "request_timeout"
+    retryable = True
