@@ -2,8 +2,8 @@
 
 Owns the checks that must be the same whatever runs the model: a runtime is
 asked only for files that exist, and a session only ever sees tensors of the
-names, element types and shapes its model declares, finite and not empty
-(onnxruntime itself accepts NaN and a batch of 0). Knows no runtime by name.
+names, element types and shapes its model declares, not empty and, unless told
+otherwise, finite (onnxruntime itself accepts NaN and a batch of 0). Knows no runtime by name.
 
 Invariants: `Session.run` may be called from many threads at once, and raises
 nothing but `PlatformError`s for anything that is wrong with its inputs.
@@ -112,29 +112,44 @@ class Session(ABC):
         self.outputs = outputs
         self._expected = {spec.name: (spec, DTYPES[spec.datatype]) for spec in inputs}
 
-    def run(self, inputs: Mapping[str, Array], stop: RunStop | None = None) -> dict[str, Array]:
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        stop: RunStop | None = None,
+        *,
+        check_finite: bool = True,
+    ) -> dict[str, Array]:
         """Run the model once, on every input it declares.
 
         Each array has its `TensorSpec`'s rank, fixed axes and element type in native
         byte order; axis 0 is the batch where the model leaves it free. Blocks for the
         length of one inference, or until `stop` is set and the runtime looks at it
-        (onnxruntime: between two operators). Thread-safe.
+        (onnxruntime: between two operators). Thread-safe. `check_finite=False` lets NaN and
+        infinity through, which the Open Inference Protocol does not forbid.
 
         Raises:
-            TensorError: a name is missing or unknown, a dtype or shape differs, an axis
-                is empty, or a float is NaN or infinite.
+            TensorError: as `verify`.
             InferenceError: the runtime failed, or the session is closed.
             RunStoppedError: `stop` was set before the end.
         """
         if stop is not None and stop.is_set:
             msg = "the run was stopped before it began"
             raise RunStoppedError(msg)
+        self.verify(inputs, check_finite=check_finite)
+        return self._run(inputs, stop)
+
+    def verify(self, inputs: Mapping[str, Array], *, check_finite: bool = True) -> None:
+        """Check inputs as `run` does, without running.
+
+        Raises:
+            TensorError: a name is missing or unknown, a dtype or shape differs, an axis
+                is empty, or, unless told not to look, a float is NaN or infinite.
+        """
         if inputs.keys() != self._expected.keys():
             msg = f"the model takes {sorted(self._expected)}, not {sorted(inputs)}"
             raise TensorError(msg)
         for name, (spec, dtype) in self._expected.items():
-            _check_tensor(spec, dtype, inputs[name])
-        return self._run(inputs, stop)
+            _check_tensor(spec, dtype, inputs[name], check_finite)
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array], stop: RunStop | None) -> dict[str, Array]:
@@ -148,7 +163,9 @@ class Session(ABC):
         """Let go of the model; a later `run` is refused. Harmless when repeated."""
 
 
-def _check_tensor(spec: TensorSpec, dtype: np.dtype[Any], value: object) -> None:
+def _check_tensor(
+    spec: TensorSpec, dtype: np.dtype[Any], value: object, check_finite: bool
+) -> None:
     if not isinstance(value, np.ndarray) or value.dtype != dtype:
         found = getattr(value, "dtype", type(value).__name__)
         msg = f"{spec.name}: the model takes {spec.datatype} ({dtype}), not {found}"
@@ -159,7 +176,7 @@ def _check_tensor(spec: TensorSpec, dtype: np.dtype[Any], value: object) -> None
     if not value.size:
         msg = f"{spec.name}: an empty tensor of shape {list(value.shape)} holds nothing to run on"
         raise TensorError(msg)
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
+    if check_finite and value.dtype.kind == "f" and not np.isfinite(value).all():
         msg = f"{spec.name}: holds NaN or an infinite number"
         raise TensorError(msg)
 

@@ -1,8 +1,8 @@
 """Running requests: from a bundle of jobs of one model to one outcome each.
 
-Owns the stacking of requests into batches, the taking apart of the answers, and the
-boundary at which every error becomes part of an outcome. Knows nothing of Celery,
-HTTP or the ledger.
+Owns what this process has of each model version (its batcher, its costs, its counters), the
+grouping of a bundle's jobs, and the boundary at which every error becomes part of an outcome.
+Knows nothing of Celery, HTTP or the ledger.
 
 Invariants: as many outcomes as requests, in their order, whatever happens; a request
 that fails, or is stopped, does so alone; a value is JSON-ready and holds neither NaN
@@ -14,18 +14,24 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 
 from agent.errors import AgentError
 from platforms.errors import PlatformError
-from platforms.runtimes.base import Array, RunStop
+from platforms.runtimes.base import Array
+from platforms.runtimes.registry import get_runtime
 from platforms.spec import PlatformSpec
+from worker.engine.batcher import Batcher, BatchOptions, Outputs, run_stacked
 from worker.engine.control import InferError, RunControl
+from worker.engine.costs import ROWS_MAX, CostCurve, CostPolicy, load_curve, measure_costs
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
+from worker.engine.stats import FailReason, RunTimes, StatsCounter
 from worker.engine.threads import compute_threads
 from worker.errors import NanOutputError, OutputError, StepError, WorkerError
 from worker.processing.step import JobInput
@@ -33,6 +39,9 @@ from worker.processing.tensor import TensorOutput
 
 INTERNAL_ERROR = "internal_error"
 """The code of whatever no layer declared; its traceback is in the worker's log only."""
+
+# Of all models together; one that is idle needs none.
+_BATCH_THREADS_MAX = 64
 
 _log = logging.getLogger(__name__)
 
@@ -86,21 +95,53 @@ class _Pending:
     inputs: dict[str, Array]
     rows: int
     """Length of axis 0, which is 1 for a model without a batch axis."""
+    is_even: bool
+    """All inputs have that many rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a process keeps of a model version, whether it is loaded just now or not."""
+
+    key: ModelKey
+    batcher: Batcher
+    costs: CostCurve | None
+    """None where it was not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of `Engine.infer` whose model is loaded."""
+
+    model: LoadedModel
+    batcher: Batcher
+    control: RunControl
+    priority: int
 
 
 class Engine:
     """Runs model versions of this box; one per process, shared by its threads."""
 
-    def __init__(self, spec: PlatformSpec, instances: int = 1) -> None:
+    def __init__(
+        self, spec: PlatformSpec, instances: int = 1, *, costs: CostPolicy | None = None
+    ) -> None:
         """Describe the box.
 
         Args:
             spec: what selection and the number of threads go by.
-            instances: how many inferences run at the same time, which share the cores.
+            instances: how many inferences of one model should be able to run at the same time;
+                they share the cores.
+            costs: how models are measured when they load; None: not at all.
         """
         self._spec = spec
         self._threads = compute_threads(spec.cores, instances)
+        self._instances = max(1, int(spec.cores) // self._threads)
+        self._costs = costs
         self.cache = SessionCache()
+        self._served: dict[ModelKey, ServedModel] = {}
+        self._stats: dict[tuple[str, str], StatsCounter] = {}
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(_BATCH_THREADS_MAX, thread_name_prefix="edgeward-infer")
 
     def load(self, folder: Path) -> LoadedModel:
         """Return the model version in `folder`, loading it on first use.
@@ -108,33 +149,121 @@ class Engine:
         Raises:
             AgentError, PlatformError, WorkerError: as `load_model`.
         """
-        key = ModelKey.from_folder(folder)
-        return self.cache.load(key, lambda: load_model(key.folder, self._spec, self._threads))
+        return self.load_key(ModelKey.from_folder(folder))
+
+    def load_key(self, key: ModelKey) -> LoadedModel:
+        """Return the model version of `key`, loading and measuring it on first use; blocks.
+
+        Raises:
+            AgentError, PlatformError, WorkerError: as `load_model`.
+        """
+        return self.cache.load(key, lambda: self._load(key))
+
+    def _load(self, key: ModelKey) -> LoadedModel:
+        model = load_model(key.folder, self._spec, self._threads)
+        known = self._served.get(key)
+        if known is None:
+            costs = self._measure(model)
+            with self._lock:
+                # Kept when the model is unloaded: requests may be in it, and costs do not change.
+                self._served[key] = self._build_served(key, model, costs)
+        return model
+
+    def _measure(self, model: LoadedModel) -> CostCurve | None:
+        policy, name = self._costs, f"{model.name} {model.version}"
+        if policy is None:
+            return None
+        identity = (
+            model.artifact.sha256,
+            model.runtime,
+            get_runtime(model.runtime).version(),
+            model.provider,
+            model.is_batchable,
+            self._threads,
+            self._spec.cores,
+            self._spec.cpu_model,
+        )
+
+        def measure() -> CostCurve:
+            return measure_costs(model.session, policy, is_batchable=model.is_batchable)
+
+        try:
+            costs = load_curve(policy, identity, measure)
+        except PlatformError as exc:
+            _log.info(
+                "%s %s cannot be measured on made-up input: %s", model.name, model.version, exc
+            )
+            return None
+        _log.info("%s: %s", name, costs.reason)
+        return costs
+
+    def _build_served(
+        self, key: ModelKey, model: LoadedModel, costs: CostCurve | None
+    ) -> ServedModel:
+        name = (key.name, key.version)
+        stats = self._stats.setdefault(name, StatsCounter(*name))
+        options = BatchOptions(
+            instances=self._instances,
+            max_rows=costs.chosen_rows if costs is not None else ROWS_MAX,
+            is_batchable=model.is_batchable,
+        )
+        return ServedModel(key, Batcher(options, self._pool, stats), costs)
+
+    def get_served(self, key: ModelKey) -> ServedModel:
+        """Return what there is of a version that has been loaded.
+
+        Raises:
+            KeyError: it has never been.
+        """
+        return self._served[key]
+
+    def list_served(self) -> list[ServedModel]:
+        """Return every version that has been loaded since the process began."""
+        with self._lock:
+            return list(self._served.values())
+
+    def list_stats(self) -> list[StatsCounter]:
+        """Return the counters of every version that has been loaded since the process began."""
+        with self._lock:
+            return list(self._stats.values())
 
     def unload(self, folder: Path) -> bool:
         """Forget the version in `folder`; say whether it was loaded."""
         return self.cache.unload(ModelKey.from_folder(folder))
 
     def infer(
-        self, folder: Path, requests: Sequence[InferRequest], control: RunControl | None = None
+        self,
+        folder: Path,
+        requests: Sequence[InferRequest],
+        control: RunControl | None = None,
+        priority: int = 0,
     ) -> list[InferOutcome]:
         """Run `requests` on the model version in `folder`; one outcome each, in order.
 
-        Blocks while the model loads and runs. Thread-safe. Raises nothing: every error,
-        a failing load included, is in the outcomes; so is why `control` stopped a job.
-        What is at work at the end stays so in `control`.
+        Blocks while the model loads, while others run it, and while it runs. Thread-safe.
+        Raises nothing: every error, a failing load included, is in the outcomes; so is why
+        `control` stopped a job. What is at work at the end stays so in `control`.
+
+        Args:
+            folder: of the version; links are followed.
+            requests: of any number.
+            control: to see and stop them by.
+            priority: of their runs, among all who want the model; 0 stands for the default.
         """
         control = control or RunControl()
         control.enter((request.job_id for request in requests), is_loading=True)
         outcomes = [InferOutcome(request.job_id) for request in requests]
-        model = _attempt(str(folder), lambda: self.load(folder))
+        key = ModelKey.from_folder(folder)
+        model = _attempt(str(folder), self.load_key, key)
         if isinstance(model, InferError):
             for outcome in outcomes:
                 outcome.error = model
             return outcomes
+        call = _Call(model, self.get_served(key).batcher, control, priority)
         pending = _prepare(model, requests, outcomes, control)
         for group in _group(model, pending):
-            _run_group(model, group, control)
+            for batch in _cut(group, call.batcher.max_rows):
+                _run_group(call, batch)
         return outcomes
 
 
@@ -159,8 +288,10 @@ def _prepare(
         if isinstance(inputs, InferError):
             outcome.error = inputs
         else:
+            lengths = {array.shape[:1] for array in inputs.values()}
             first = next(iter(inputs.values()))
-            pending.append(_Pending(request, outcome, inputs, first.shape[0] if first.ndim else 1))
+            rows = first.shape[0] if first.ndim else 1
+            pending.append(_Pending(request, outcome, inputs, rows, is_even=len(lengths) == 1))
     return pending
 
 
@@ -184,39 +315,80 @@ def _group(model: LoadedModel, pending: Sequence[_Pending]) -> list[list[_Pendin
     groups: dict[Any, list[_Pending]] = defaultdict(list)
     for item in pending:
         arrays = item.inputs.items()
-        same_rows = len({array.shape[:1] for _, array in arrays}) == 1
         signature = tuple((name, array.shape[1:], array.dtype) for name, array in arrays)
         # Inputs that disagree about the batch are the model's to refuse, alone.
-        groups[signature if same_rows else id(item)].append(item)
+        groups[signature if item.is_even else id(item)].append(item)
     return list(groups.values())
 
 
-def _run_group(model: LoadedModel, group: Sequence[_Pending], control: RunControl) -> None:
-    group = _drop_stopped(group, control)
+def _cut(group: Sequence[_Pending], max_rows: int) -> Iterable[Sequence[_Pending]]:
+    """Cut a group into batches of at most so many rows; a larger request is one by itself."""
+    start = rows = 0
+    for end, item in enumerate(group):
+        if end > start and rows + item.rows > max_rows:
+            yield group[start:end]
+            start, rows = end, 0
+        rows += item.rows
+    if group[start:]:
+        yield group[start:]
+
+
+def _run_group(call: _Call, group: Sequence[_Pending]) -> None:
+    group = _drop_stopped(group, call.control)
     if not group:
         return
-    control.enter(item.request.job_id for item in group)
     started = time.perf_counter()
-    stacked = _attempt(group[0].request.job_id, _run_stacked, model, group, control.begin())
-    infer_ms = 1000 * (time.perf_counter() - started)
+    ran = _attempt(group[0].request.job_id, _run_in_turn, call, group)
+    if isinstance(ran, InferError):
+        _share_time(group, 1000 * (time.perf_counter() - started))
+        _run_rest(call, group, ran)
+        return
+    answers, times = ran
+    _share_time(group, (times.input_ns + times.infer_ns + times.output_ns) / 1e6)
+    is_clean = call.model.is_built_in and all(_is_finite(outputs) for outputs in answers)
+    for item, outputs in zip(group, answers, strict=True):
+        item.outcome.batch_rows = times.batch_rows
+        if not call.model.is_built_in:
+            # A user's own step may crash or hang on one of them; ours are a few NumPy calls.
+            call.control.enter_alone(item.request.job_id)
+        _finish(call.model, item, outputs, is_clean)
+
+
+def _share_time(group: Sequence[_Pending], infer_ms: float) -> None:
     for item in group:
         item.outcome.infer_ms, item.outcome.infer_share_ms = infer_ms, infer_ms / len(group)
-    if isinstance(stacked, InferError):
-        _run_rest(model, group, stacked, control)
-        return
-    batch_rows = sum(item.rows for item in group)
-    is_clean = model.is_built_in and _is_finite(stacked)
-    start = 0
-    for item in group:
-        outputs = stacked
-        if len(group) > 1:
-            outputs = {k: v[start : start + item.rows] for k, v in stacked.items()}
-            start += item.rows
-        item.outcome.batch_rows = batch_rows
-        if not model.is_built_in:
-            # A user's own step may crash or hang on one of them; ours are a few NumPy calls.
-            control.enter_alone(item.request.job_id)
-        _finish(model, item, outputs, is_clean)
+
+
+def _run_in_turn(call: _Call, group: Sequence[_Pending]) -> tuple[list[Outputs], RunTimes]:
+    """Run a group as one batch on an instance of its own, as soon as there is one."""
+    ids = [item.request.job_id for item in group]
+    began = time.perf_counter_ns()
+    if not call.batcher.try_acquire():
+        # Whoever waits for others is not at fault for standing still, nor for a crash.
+        call.control.enter(ids, is_loading=True)
+        call.batcher.wait(call.priority, call.control.begin())
+    waited_ns = time.perf_counter_ns() - began
+    try:
+        call.control.enter(ids)
+        is_countable = call.model.is_batchable and all(item.is_even for item in group)
+        answers, times = run_stacked(
+            call.model.session,
+            [item.inputs for item in group],
+            [item.rows for item in group] if is_countable else None,
+            call.batcher.max_rows,
+            call.control.begin(),
+            check_finite=True,
+        )
+    finally:
+        call.batcher.release()
+    total_ns = (time.perf_counter_ns() - began) * len(group)
+    rows = sum(item.rows for item in group)
+    if not is_countable:
+        times = replace(times, batch_rows=rows)
+    call.batcher.stats.add_run(
+        rows, len(group), times, total_ns=total_ns, queue_ns=waited_ns * len(group)
+    )
+    return answers, times
 
 
 def _drop_stopped(group: Sequence[_Pending], control: RunControl) -> Sequence[_Pending]:
@@ -226,34 +398,19 @@ def _drop_stopped(group: Sequence[_Pending], control: RunControl) -> Sequence[_P
     return [item for item in group if item.outcome.error is None]
 
 
-def _run_rest(
-    model: LoadedModel, group: Sequence[_Pending], error: InferError, control: RunControl
-) -> None:
+def _run_rest(call: _Call, group: Sequence[_Pending], error: InferError) -> None:
     """Run again whoever is not to blame for a run that failed or was stopped."""
-    left = _drop_stopped(group, control)
+    left = _drop_stopped(group, call.control)
     if len(left) < len(group):
-        _run_group(model, left, control)
+        _run_group(call, left)
     elif len(group) > 1:
         # Only the guilty one may fail: each gets a run of its own.
         for item in group:
-            _run_group(model, [item], control)
+            _run_group(call, [item])
     else:
         group[0].outcome.error = error
-
-
-def _run_stacked(model: LoadedModel, group: Sequence[_Pending], stop: RunStop) -> dict[str, Array]:
-    """Run a group as one batch, and check that as many rows come back as went in."""
-    if len(group) == 1:
-        return model.session.run(group[0].inputs, stop)
-    names = group[0].inputs
-    outputs = model.session.run(
-        {name: np.concatenate([item.inputs[name] for item in group]) for name in names}, stop
-    )
-    rows = sum(item.rows for item in group)
-    if any(array.shape[:1] != (rows,) for array in outputs.values()):
-        msg = f"{rows} rows went in, and another number came back"
-        raise OutputError(msg)
-    return outputs
+        spent_ns = int(1e6 * group[0].outcome.infer_ms)
+        call.batcher.stats.add_failure(FailReason.BACKEND, spent_ns)
 
 
 def _finish(
