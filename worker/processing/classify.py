@@ -80,6 +80,11 @@ class TopK:
         self._k = k
         self._labels = labels
 
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The classes' names by output; empty where they have none."""
+        return {self._name: self._labels} if self._labels else {}
+
     def __call__(
         self, outputs: Mapping[str, Array], value: Any, params: Mapping[str, Any]
     ) -> list[Any]:

@@ -1,0 +1,578 @@
+"""Answering requests at once: which version, is it loaded, and by which way it runs.
+
+Owns the way from a model's name to a loaded version: the repository is the truth, looked at
+again at most every `WATCH_S`, so that `edgeward models add` on a running box is enough. Owns also
+who has been unloaded, and what did not load and why. Batching is the batcher's, loading the
+engine's, the wire format the front end's.
+
+A request takes one of three ways: a tiny model runs where it is asked for (`infer_inline`), as a
+thread would cost more than the run; another goes to its batcher; and one whose model is not
+loaded waits for that first, together with all others that want it.
+
+Invariants: the event loop never waits for a load or a run; under steady requests a model that
+changes its active version answers from the old one until the new one is loaded, and never fails a
+request for it; queue jobs and requests share one copy of each version, and its instances.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Protocol
+
+from agent.errors import AgentError
+from agent.repository import ModelRepository
+from platforms.artifact import TensorSpec
+from platforms.errors import PlatformError, TensorError
+from platforms.runtimes.base import Array
+from worker.engine.batcher import Outputs, run_stacked
+from worker.engine.costs import ROWS_MAX
+from worker.engine.engine import Engine, ServedModel
+from worker.engine.service import (
+    INLINE_S,
+    IndexEntry,
+    ModelInfo,
+    ModelStats,
+    ModelStatus,
+    TensorRequest,
+    TensorResponse,
+)
+from worker.engine.sessions import LoadedModel, ModelKey
+from worker.engine.stats import FailReason, StatsCounter
+from worker.errors import ModelUnavailableError, WorkerError
+from worker.processing.classify import TopK
+
+WATCH_S = 0.5
+"""How long the repository's last word is taken for its present one."""
+
+HANDOFF_MS = 0.1
+"""What giving a run to a thread costs: a model whose single row takes less runs inline.
+Source: engine.md."""
+
+# With requests this close together the old version answers until the new one is loaded; after a
+# longer pause the switch may be long past, and the first request waits for the new one.
+_STEADY_S = 5.0
+# A version that does not load is tried again after so long, and not for each request.
+_RETRY_S = 5.0
+_LOADS_AT_A_TIME = 2
+
+_PLATFORMS = {"ort": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
+"""Triton's word for a runtime of ours, where it is not the same."""
+
+_log = logging.getLogger(__name__)
+
+
+class ResponseCacheLike(Protocol):
+    """A cache of answers; thread-safe, and quick enough for an event loop."""
+
+    def is_enabled(self, model: LoadedModel) -> bool:
+        """Say whether answers of this model are kept."""
+        ...
+
+    def get(self, model: LoadedModel, request: TensorRequest) -> Mapping[str, Array] | None:
+        """Return the answer to an equal request, if it is there."""
+        ...
+
+    def put(self, model: LoadedModel, request: TensorRequest, outputs: Mapping[str, Array]) -> None:
+        """Keep an answer, or not."""
+        ...
+
+
+@dataclass(slots=True)
+class _Route:
+    """What a name and a version mean just now."""
+
+    key: ModelKey
+    checked: float
+    """When the repository said so last, monotonic."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """A loaded version, for the length of a request."""
+
+    served: ServedModel
+    model: LoadedModel
+
+    @property
+    def stats(self) -> StatsCounter:
+        return self.served.batcher.stats
+
+
+class EngineService:
+    """Serves the models of a repository; implements `worker.engine.service.Service`.
+
+    Args:
+        engine: runs them, and the queue's jobs.
+        repository: of which models there are, and which version is active.
+        cache: of answers; None for none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        repository: ModelRepository,
+        *,
+        cache: ResponseCacheLike | None = None,
+    ) -> None:
+        self._engine = engine
+        self._repository = repository
+        self._cache = cache
+        self._routes: dict[tuple[str, str | None], _Route] = {}
+        self._inline_rows: dict[ModelKey, int] = {}
+        self._loads: dict[ModelKey, Future[LoadedModel]] = {}
+        self._failures: dict[ModelKey, tuple[float, str]] = {}
+        self._unloaded: set[str] = set()
+        self._lock = Lock()
+        self._loader = ThreadPoolExecutor(_LOADS_AT_A_TIME, thread_name_prefix="edgeward-load")
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Take no more requests; those that run finish."""
+        self._is_closed = True
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    # --- readiness ------------------------------------------------------------------------
+
+    def is_ready(self) -> bool:
+        """Say whether requests are taken."""
+        return not self._is_closed
+
+    def is_model_ready(self, model: str, version: str | None = None) -> bool:
+        """Say whether a model version would take a request; False for an unknown one.
+
+        One that is not loaded yet would: it loads when it is asked for.
+        """
+        try:
+            key = self._resolve(model, version)
+        except AgentError:
+            return False
+        if model in self._unloaded or self._is_closed:
+            return False
+        route = self._routes.get((model, version))
+        # An old version may answer in place of the one that does not load.
+        is_answered = route is not None and self._engine.cache.find(route.key) is not None
+        return is_answered or self._find_failure(key) is None
+
+    # --- inference ------------------------------------------------------------------------
+
+    def infer_inline(self, request: TensorRequest) -> TensorResponse | None:
+        """Answer within `INLINE_S` on the caller's thread, or return None: then call `infer`.
+
+        Raises:
+            As `infer`.
+        """
+        found = self._find(request.model, request.version)
+        if found is None or self._is_cached(found.model):
+            return None
+        limit = self._inline_rows.get(found.served.key, 0)
+        rows = _guess_rows(request.inputs)
+        if not 0 < rows <= limit or not found.served.batcher.try_acquire(is_idle=True):
+            return None
+        began = time.perf_counter_ns()
+        try:
+            rows = _verify(found, request)
+            counts = [rows] if found.model.is_batchable else None
+            parts = [request.inputs]
+            answers, times = run_stacked(found.model.session, parts, counts, ROWS_MAX)
+        except (PlatformError, WorkerError) as exc:
+            self._count_failure(found, exc, began)
+            raise
+        finally:
+            found.served.batcher.release()
+        found.stats.add_run(rows, 1, times, total_ns=time.perf_counter_ns() - began)
+        return _respond(found, request, answers[0])
+
+    async def infer(self, request: TensorRequest) -> TensorResponse:
+        """Answer a request, batched with others where that pays.
+
+        Cancelling the awaiting task takes the request out of the queue.
+
+        Raises:
+            AgentError: there is no such model or version.
+            ModelUnavailableError: it has been unloaded, or does not load.
+            TensorError: names, datatypes or shapes are not the model's.
+            RequestRejectedError: too many wait for this model.
+            RequestTimeoutError: it waited too long.
+            PlatformError, WorkerError: the run failed.
+        """
+        found = self._find(request.model, request.version)
+        if found is None:
+            found = await self._open(request.model, request.version)
+        began = time.perf_counter_ns()
+        try:
+            rows = _verify(found, request)
+        except TensorError as exc:
+            self._count_failure(found, exc, began)
+            raise
+        if self._is_cached(found.model):
+            return await self._infer_cached(found, request, rows, began)
+        return _respond(found, request, await self._run(found, request, rows))
+
+    async def _run(self, found: _Found, request: TensorRequest, rows: int) -> Outputs:
+        return await found.served.batcher.infer(
+            found.model.session,
+            request.inputs,
+            rows,
+            priority=request.priority,
+            timeout_s=request.timeout_s,
+        )
+
+    def _is_cached(self, model: LoadedModel) -> bool:
+        return self._cache is not None and self._cache.is_enabled(model)
+
+    async def _infer_cached(
+        self, found: _Found, request: TensorRequest, rows: int, began: int
+    ) -> TensorResponse:
+        cache = self._cache
+        kept = cache.get(found.model, request) if cache is not None else None
+        looked_ns = time.perf_counter_ns() - began
+        if kept is not None:
+            found.stats.add_cache_hit(time.perf_counter_ns() - began, looked_ns)
+            return _respond(found, request, kept, is_cached=True)
+        outputs = await self._run(found, request, rows)
+        inserting = time.perf_counter_ns()
+        response = _respond(found, request, outputs)
+        if cache is not None:
+            cache.put(found.model, request, response.outputs)
+        found.stats.add_cache_miss(looked_ns + time.perf_counter_ns() - inserting)
+        return response
+
+    def _count_failure(self, found: _Found, exc: Exception, began: int) -> None:
+        reason = FailReason.OTHER if isinstance(exc, TensorError) else FailReason.BACKEND
+        found.stats.add_failure(reason, time.perf_counter_ns() - began)
+
+    # --- which version ----------------------------------------------------------------------
+
+    def _find(self, name: str, version: str | None) -> _Found | None:
+        """Return the version if it is known and loaded; a few microseconds, no wait.
+
+        Raises:
+            ModelUnavailableError: it has been unloaded.
+        """
+        if name in self._unloaded or self._is_closed:
+            msg = f"model {name!r} has been unloaded: load it to use it again"
+            raise ModelUnavailableError("shutting down" if self._is_closed else msg)
+        route = self._routes.get((name, version))
+        if route is None:
+            return None
+        if time.monotonic() - route.checked > WATCH_S:
+            route = self._check(name, version, route)
+            if route is None:
+                return None
+        model = self._engine.cache.find(route.key)
+        return None if model is None else _Found(self._engine.get_served(route.key), model)
+
+    def _check(self, name: str, version: str | None, route: _Route) -> _Route | None:
+        """Look again at what a name means: two or three looks at the disk."""
+        now = time.monotonic()
+        is_steady, route.checked = now - route.checked < _STEADY_S, now
+        key = self._find_key(name, version, route)
+        if key == route.key:
+            return route
+        if version is None and key is not None and is_steady and self._must_stay(route.key, key):
+            return route
+        self._routes.pop((name, version), None)
+        self._forget(route.key)
+        return None
+
+    def _find_key(self, name: str, version: str | None, route: _Route) -> ModelKey | None:
+        """Return what a name that has meant something means now; None: nothing any more."""
+        try:
+            folder = route.key.folder if version else self._repository.get_folder(name)
+        except AgentError:
+            return None
+        key = ModelKey.from_folder(folder)
+        return key if key.stamp else None
+
+    def _must_stay(self, old: ModelKey, new: ModelKey) -> bool:
+        """Say whether the old version goes on answering because the new one is not loaded yet."""
+        find = self._engine.cache.find
+        if find(new) is not None or find(old) is None:
+            return False
+        if self._find_failure(new) is None:
+            self._start_load(new)
+        return True
+
+    def _forget(self, key: ModelKey) -> None:
+        """Free a version that is no longer the active one; what runs on it finishes."""
+        is_wanted = any(route.key == key for route in tuple(self._routes.values()))
+        if not is_wanted:
+            self._engine.cache.unload(key)
+            self._inline_rows.pop(key, None)
+
+    def _resolve(self, name: str, version: str | None) -> ModelKey:
+        """Ask the repository; blocks for some looks at the disk.
+
+        Raises:
+            AgentError: there is no such model or version.
+        """
+        if version is not None:
+            return ModelKey.from_folder(self._repository.get_version(name, version).folder)
+        return ModelKey.from_folder(self._repository.get_folder(name))
+
+    # --- loading --------------------------------------------------------------------------
+
+    async def _open(self, name: str, version: str | None) -> _Found:
+        """Resolve and load a version.
+
+        Raises:
+            AgentError: there is no such model or version.
+            ModelUnavailableError: it does not load.
+        """
+        key = await asyncio.to_thread(self._resolve, name, version)
+        why = self._find_failure(key)
+        if why is not None:
+            raise ModelUnavailableError(why)
+        model = self._engine.cache.find(key)
+        if model is None:
+            # Shielded: others wait for the same load, and may go on doing so.
+            model = await asyncio.shield(asyncio.wrap_future(self._start_load(key)))
+        self._routes[name, version] = _Route(key, time.monotonic())
+        served = self._engine.get_served(key)
+        self._inline_rows[key] = _find_inline_rows(served, model)
+        return _Found(served, model)
+
+    def _start_load(self, key: ModelKey) -> "Future[LoadedModel]":
+        """Load a version in the background, once however many ask."""
+        with self._lock:
+            future = self._loads.get(key)
+            if future is None:
+                future = self._loads[key] = self._loader.submit(self._load, key)
+        return future
+
+    def _load(self, key: ModelKey) -> LoadedModel:
+        try:
+            model = self._engine.load_key(key)
+        except (AgentError, PlatformError, WorkerError) as exc:
+            why = f"{key.name} version {key.version} does not load: {exc}"
+            _log.warning("%s", why)
+            self._failures[key] = (time.monotonic(), why)
+            raise ModelUnavailableError(why) from exc
+        finally:
+            with self._lock:
+                del self._loads[key]
+        self._failures.pop(key, None)
+        if key.name in self._unloaded:
+            self._engine.cache.unload(key)
+        route = self._routes.get((key.name, None))
+        if route is not None and route.key != key:
+            # The next request looks again, and finds this one loaded.
+            route.checked = 0.0
+        return model
+
+    def _find_failure(self, key: ModelKey) -> str | None:
+        """Return why a version did not load a moment ago."""
+        failed_at, why = self._failures.get(key, (0.0, None))
+        return why if time.monotonic() - failed_at < _RETRY_S else None
+
+    async def load(self, model: str) -> None:
+        """Take requests for a model (again), and load its active version now.
+
+        Raises:
+            AgentError: there is no such model.
+            ModelUnavailableError: it does not load.
+        """
+        key = await asyncio.to_thread(self._resolve, model, None)
+        self._failures.pop(key, None)
+        self._unloaded.discard(model)
+        await self._open(model, None)
+
+    async def unload(self, model: str) -> None:
+        """Take no more requests for a model and free its memory; unknown models are no error."""
+        if model not in await asyncio.to_thread(self._repository.list_models):
+            return
+        self._unloaded.add(model)
+        for route in [route for route in tuple(self._routes) if route[0] == model]:
+            self._routes.pop(route, None)
+        for served in self._engine.list_served():
+            if served.key.name == model:
+                self._engine.cache.unload(served.key)
+
+    # --- descriptions ---------------------------------------------------------------------
+
+    async def get_info(self, model: str, version: str | None = None) -> ModelInfo:
+        """Describe a model version; loads it where it is not loaded.
+
+        Raises:
+            AgentError: there is no such model or version.
+            ModelUnavailableError: it has been unloaded, or does not load.
+        """
+        found = self._find(model, version) or await self._open(model, version)
+        versions = await asyncio.to_thread(self._repository.list_versions, model)
+        loaded = found.model
+        return ModelInfo(
+            name=model,
+            version=found.served.key.version,
+            versions=tuple(str(one.number) for one in versions),
+            platform=_PLATFORMS.get(loaded.runtime, loaded.runtime),
+            inputs=loaded.session.inputs,
+            outputs=loaded.session.outputs,
+            max_batch_size=_max_batch_size(loaded),
+            config=build_config(model, found.served, loaded),
+            labels=_find_labels(loaded),
+        )
+
+    def list_index(self, *, is_ready: bool = False) -> list[IndexEntry]:
+        """Return every model version, or those that take requests; reads the manifests."""
+        entries = []
+        for name in self._repository.list_models():
+            try:
+                versions = self._repository.list_versions(name)
+            except AgentError:
+                # Removed since it was listed.
+                continue
+            for version in versions:
+                entry = self._describe(name, ModelKey.from_folder(version.folder))
+                if not is_ready or entry.status is ModelStatus.READY:
+                    entries.append(entry)
+        return entries
+
+    def _describe(self, name: str, key: ModelKey) -> IndexEntry:
+        if name in self._unloaded:
+            return IndexEntry(name, key.version, ModelStatus.UNAVAILABLE, "unloaded")
+        _, why = self._failures.get(key, (0.0, None))
+        if why is not None:
+            return IndexEntry(name, key.version, ModelStatus.UNAVAILABLE, why)
+        if key in self._loads:
+            return IndexEntry(name, key.version, ModelStatus.LOADING)
+        return IndexEntry(name, key.version, ModelStatus.READY)
+
+    def get_stats(self, model: str | None = None, version: str | None = None) -> list[ModelStats]:
+        """Return what the models have done; all zero for a version that was never asked for.
+
+        Raises:
+            AgentError: there is no such model or version.
+        """
+        pending: defaultdict[StatsCounter, int] = defaultdict(int)
+        for served in self._engine.list_served():
+            pending[served.batcher.stats] += served.batcher.pending
+        wanted = self._list_names(model, version)
+        counters = {(one.name, one.version): one for one in self._engine.list_stats()}
+        if model is None:
+            wanted = sorted(counters)
+        found = [counters.get(name) or StatsCounter(*name) for name in wanted]
+        return [one.read(pending.get(one, 0)) for one in found]
+
+    def _list_names(self, model: str | None, version: str | None) -> list[tuple[str, str]]:
+        if model is None:
+            return []
+        if version is not None:
+            return [(model, str(self._repository.get_version(model, version).number))]
+        return [(model, str(one.number)) for one in self._repository.list_versions(model)]
+
+
+# --- requests -----------------------------------------------------------------------------
+
+
+def _guess_rows(inputs: Mapping[str, Array]) -> int:
+    """Return the rows of a request that may yet turn out to fit no model; 0 where it has none."""
+    for array in inputs.values():
+        return array.shape[0] if array.ndim else 1
+    return 0
+
+
+def _verify(found: _Found, request: TensorRequest) -> int:
+    """Check a request against its model, and return its rows.
+
+    NaN and infinity pass: the protocol carries them, and Triton hands them on.
+
+    Raises:
+        TensorError: they do not fit.
+    """
+    session = found.model.session
+    session.verify(request.inputs, check_finite=False)
+    if request.outputs:
+        known = {spec.name for spec in session.outputs}
+        unknown = [name for name in request.outputs if name not in known]
+        if unknown:
+            msg = f"the model has no output {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            raise TensorError(msg)
+    if not found.model.is_batchable:
+        return 1
+    lengths = {array.shape[0] for array in request.inputs.values()}
+    if len(lengths) > 1:
+        msg = f"the inputs have batches of {', '.join(map(str, sorted(lengths)))} rows: not equal"
+        raise TensorError(msg)
+    return int(lengths.pop())
+
+
+def _respond(
+    found: _Found,
+    request: TensorRequest,
+    outputs: Mapping[str, Array],
+    *,
+    is_cached: bool = False,
+) -> TensorResponse:
+    if request.outputs:
+        outputs = {name: array for name, array in outputs.items() if name in request.outputs}
+    return TensorResponse(request.model, found.served.key.version, outputs, is_cached)
+
+
+def _find_inline_rows(served: ServedModel, model: LoadedModel) -> int:
+    """Return how many rows may run on an event loop; 0 where the cost is not known to be small."""
+    costs = served.costs
+    is_fixed = all(-1 not in spec.shape[1:] for spec in model.session.inputs)
+    if costs is None or not is_fixed or costs.points[0].latency_ms >= HANDOFF_MS:
+        return 0
+    if not model.is_batchable:
+        # Its first axis is no batch, but may well be free.
+        firsts = [spec.shape[0] for spec in model.session.inputs if spec.shape]
+        return max(firsts, default=1) if -1 not in firsts else 0
+    limit_ms = INLINE_S * 1000
+    return max(point.rows for point in costs.points if point.latency_ms <= limit_ms)
+
+
+# --- descriptions -------------------------------------------------------------------------
+
+
+def _max_batch_size(model: LoadedModel) -> int:
+    return ROWS_MAX if model.is_batchable else 0
+
+
+def _find_labels(model: LoadedModel) -> dict[str, tuple[str, ...]]:
+    labels: dict[str, tuple[str, ...]] = {}
+    for step in model.postprocess:
+        if isinstance(step, TopK):
+            labels |= step.labels
+    return labels
+
+
+def build_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str, Any]:
+    """Return a model's configuration as JSON: what is known without a config.pbtxt.
+
+    The one place that says how a model is configured.
+    """
+    options = served.batcher.options
+    return {
+        "name": name,
+        "platform": _PLATFORMS.get(model.runtime, model.runtime),
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": _max_batch_size(model),
+        "input": _build_tensors(model.session.inputs, model),
+        "output": _build_tensors(model.session.outputs, model),
+        "instance_group": [{"name": f"{name}_0", "count": options.instances, "kind": "KIND_CPU"}],
+        "edgeward": {"batching": _build_batching(served)},
+    }
+
+
+def _build_tensors(specs: Iterable[TensorSpec], model: LoadedModel) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": spec.name,
+            "data_type": "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}",
+            "dims": list(spec.shape[1:] if model.is_batchable else spec.shape),
+        }
+        for spec in specs
+    ]
+
+
+def _build_batching(served: ServedModel) -> dict[str, Any]:
+    rows = served.batcher.max_rows
+    if served.costs is None:
+        return {"points": [], "max_rows": rows, "reason": "not measured"}
+    return {**served.costs.to_json(), "max_rows": rows}
