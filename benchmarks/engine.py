@@ -3,8 +3,9 @@
     python -m benchmarks.engine [--seconds 6] [--json]
 
 For each net, on one session of one thread and in one process: the cost curve; rows/s of batch
-work through the engine's instances and stacking (one row a request, cut to the chosen batch)
-beside rows/s of a loop over the same session at the best measured batch; and requests/s of the
+work through the engine's instances and stacking, cut to the chosen batch, beside rows/s of a loop
+over the same session at the best measured batch: `engine` has its 64 rows in one request,
+`bundle` in 64 requests that are stacked and taken apart; and requests/s of the
 service, inline and through the batcher's threads, beside rows/s of the session at 1 row. The
 ways take turns of a quarter of a second, so that a noisy machine hits them alike; the ratio is
 the median over the rounds.
@@ -81,7 +82,7 @@ def build_batch_ways(model: LoadedModel, served: ServedModel) -> dict[str, Way]:
     assert served.costs is not None
     best = min(served.costs.points, key=lambda point: point.per_row_ms).rows
     whole = make_inputs(model.session, best)
-    one = make_inputs(model.session)
+    one, wide = make_inputs(model.session), make_inputs(model.session, _BUNDLE)
     batcher = served.batcher
     chosen = batcher.max_rows
 
@@ -89,14 +90,24 @@ def build_batch_ways(model: LoadedModel, served: ServedModel) -> dict[str, Way]:
         model.session.run(whole, check_finite=False)
         return best
 
+    def run(parts: Sequence[Mapping[str, Array]], rows: int) -> None:
+        if not batcher.try_acquire():
+            batcher.wait()
+        try:
+            run_stacked(model.session, parts, [rows] * len(parts), chosen)
+        finally:
+            batcher.release()
+
     def engine() -> int:
-        for start in range(0, _BUNDLE, chosen):
-            parts: list[Mapping[str, Array]] = [one] * min(chosen, _BUNDLE - start)
-            with batcher.acquire():
-                run_stacked(model.session, parts, [1] * len(parts), chosen)
+        run([wide], _BUNDLE)
         return _BUNDLE
 
-    return {"loop": loop, "engine": engine}
+    def bundle() -> int:
+        for start in range(0, _BUNDLE, chosen):
+            run([one] * min(chosen, _BUNDLE - start), 1)
+        return _BUNDLE
+
+    return {"loop": loop, "engine": engine, "bundle": bundle}
 
 
 def build_request_ways(

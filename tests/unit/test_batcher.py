@@ -67,7 +67,8 @@ def test_lone_request_is_answered_at_once(pool: ThreadPoolExecutor, negation: Se
     batcher = make_batcher(pool)
     outputs = asyncio.run(batcher.infer(negation, row(1, 2), 1))
     assert outputs["y"].tolist() == [[-1, -2]]
-    assert batcher.busy == batcher.pending == 0
+    wait_until(lambda: batcher.busy == 0, 30, "the instance is free")
+    assert batcher.pending == 0
     stats = batcher.stats.read()
     assert (stats.inference_count, stats.execution_count, stats.success.count) == (1, 1, 1)
 
@@ -239,7 +240,7 @@ def test_thread_s_turn_comes_in_the_same_order_as_requests(
     asyncio.run(run())
     assert order[0] == "first"
     assert sorted(order[1:]) == ["last", "request"]
-    assert batcher.busy == 0
+    wait_until(lambda: batcher.busy == 0, 30, "the instance is free")
 
 
 def test_instances_bound_the_runs_of_all_kinds(pool: ThreadPoolExecutor) -> None:
@@ -332,7 +333,7 @@ def test_delay_lets_a_batch_fill_and_a_full_one_goes_at_once(
 
     asyncio.run(run())
     assert find_sizes(batcher) == {3: 2}
-    assert batcher.busy == 0
+    wait_until(lambda: batcher.busy == 0, 30, "the instance is free")
 
 
 def test_delay_ends_for_a_lone_request_and_for_a_waiting_thread(
@@ -351,7 +352,7 @@ def test_delay_ends_for_a_lone_request_and_for_a_waiting_thread(
         await asyncio.wait_for(task, 50)
 
     asyncio.run(run())
-    assert long.busy == 0
+    wait_until(lambda: long.busy == 0, 30, "the instance is free")
 
 
 def test_preferred_batch_is_cut_from_what_waits(

@@ -25,7 +25,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from threading import Condition, Event
+from threading import Condition, Event, Lock
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ class Batcher:
         self.stats = stats
         self._pool = pool
         self._max_rows = options.max_rows
-        self._changed = Condition()
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
         self._queue: list[_Waiting | _Turn] = []
         self._busy = 0
         self._waiting = 0
@@ -154,7 +155,7 @@ class Batcher:
         Args:
             is_idle: only if all of them are free.
         """
-        with self._changed:
+        with self._lock:
             limit = 1 if is_idle else self.options.instances
             if self._busy >= limit or self._queue:
                 return False
@@ -163,7 +164,7 @@ class Batcher:
 
     def release(self) -> None:
         """Give an instance back: to the next turn, to a thread that runs what waits, or to none."""
-        with self._changed:
+        with self._lock:
             if not self._pass_on():
                 return
         self._pool.submit(self._work)
@@ -192,7 +193,7 @@ class Batcher:
         Raises:
             RunStoppedError: `stop` was set before the turn came.
         """
-        with self._changed:
+        with self._lock:
             turn = _Turn(self._make_order(priority))
             if self._busy < self.options.instances and not self._queue:
                 self._busy += 1
@@ -203,7 +204,7 @@ class Batcher:
         if stop is not None:
             stop.connect(turn.woken.set)
         turn.woken.wait()
-        with self._changed:
+        with self._lock:
             if turn.is_granted:
                 return
             self._queue.remove(turn)
@@ -263,7 +264,7 @@ class Batcher:
         timeout_s: float | None,
     ) -> _Waiting:
         now = time.perf_counter_ns()
-        with self._changed:
+        with self._lock:
             if self._waiting >= self.options.queue_requests:
                 self.stats.add_failure(FailReason.REJECTED)
                 msg = f"{self._waiting} requests wait for {self.stats.name} already; try later"
@@ -309,7 +310,7 @@ class Batcher:
         """Let go of a request nobody waits for: out of the queue, or out of its run."""
         if self._remove(item):
             return
-        with self._changed:
+        with self._lock:
             batch = item.batch
             if item.is_gone or batch is None:
                 return
@@ -321,7 +322,7 @@ class Batcher:
 
     def _remove(self, item: _Waiting) -> bool:
         """Take a request out of the queue; say whether it was there."""
-        with self._changed:
+        with self._lock:
             if item.is_gone or item.batch is not None:
                 return False
             item.is_gone = True
@@ -349,7 +350,7 @@ class Batcher:
 
     def _take(self) -> list[_Waiting]:
         """Return what to run next on the instance that this thread holds; nothing: it is gone."""
-        with self._changed:
+        with self._lock:
             while self._pass_on():
                 self._drop_expired()
                 delay_s = self._find_delay()
@@ -466,7 +467,7 @@ class Batcher:
     def _run_alone(self, items: Sequence[_Waiting]) -> None:
         """Give each its own run: only the guilty one may fail."""
         for item in items:
-            with self._changed:
+            with self._lock:
                 if item.is_gone:
                     continue
                 item.batch = _Batch(1)
@@ -571,6 +572,11 @@ def _verify_rows(outputs: Outputs, rows: int) -> None:
 
 
 def _take_apart(outputs: Outputs, rows: Sequence[int]) -> list[Outputs]:
+    each = rows[0]
+    if len(outputs) == 1 and rows.count(each) == len(rows):
+        # Iterating is 3 times as fast as slicing, and of a small net this is what a batch costs.
+        ((name, array),) = outputs.items()
+        return [{name: piece} for piece in array.reshape(len(rows), each, *array.shape[1:])]
     answers, start = [], 0
     for count in rows:
         answers.append({name: array[start : start + count] for name, array in outputs.items()})

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -384,7 +384,7 @@ def _run_in_turn(call: _Call, group: Sequence[_Pending]) -> tuple[list[Outputs],
     total_ns = (time.perf_counter_ns() - began) * len(group)
     rows = sum(item.rows for item in group)
     if not is_countable:
-        times = replace(times, batch_rows=rows)
+        times = times._replace(batch_rows=rows)
     call.batcher.stats.add_run(
         rows, len(group), times, total_ns=total_ns, queue_ns=waited_ns * len(group)
     )

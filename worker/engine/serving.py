@@ -29,7 +29,7 @@ from agent.repository import ModelRepository
 from platforms.artifact import TensorSpec
 from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
-from worker.engine.batcher import Outputs, run_stacked
+from worker.engine.batcher import Outputs
 from worker.engine.costs import ROWS_MAX
 from worker.engine.engine import Engine, ServedModel
 from worker.engine.service import (
@@ -42,7 +42,7 @@ from worker.engine.service import (
     TensorResponse,
 )
 from worker.engine.sessions import LoadedModel, ModelKey
-from worker.engine.stats import FailReason, StatsCounter
+from worker.engine.stats import FailReason, RunTimes, StatsCounter
 from worker.errors import ModelUnavailableError, WorkerError
 from worker.processing.classify import TopK
 
@@ -169,23 +169,24 @@ class EngineService:
         found = self._find(request.model, request.version)
         if found is None or self._is_cached(found.model):
             return None
+        rows, batcher = _guess_rows(request.inputs), found.served.batcher
         limit = self._inline_rows.get(found.served.key, 0)
-        rows = _guess_rows(request.inputs)
-        if not 0 < rows <= limit or not found.served.batcher.try_acquire(is_idle=True):
+        if not 0 < rows <= limit or not batcher.try_acquire(is_idle=True):
             return None
         began = time.perf_counter_ns()
         try:
-            rows = _verify(found, request)
-            counts = [rows] if found.model.is_batchable else None
-            parts = [request.inputs]
-            answers, times = run_stacked(found.model.session, parts, counts, ROWS_MAX)
+            if request.outputs or len(request.inputs) > 1:
+                _verify(found, request)
+            outputs = found.model.session.run(request.inputs, check_finite=False)
         except (PlatformError, WorkerError) as exc:
             self._count_failure(found, exc, began)
             raise
         finally:
-            found.served.batcher.release()
-        found.stats.add_run(rows, 1, times, total_ns=time.perf_counter_ns() - began)
-        return _respond(found, request, answers[0])
+            batcher.release()
+        spent_ns = time.perf_counter_ns() - began
+        rows = rows if found.model.is_batchable else 1
+        batcher.stats.add_run(rows, 1, RunTimes(0, spent_ns, 0, rows), total_ns=spent_ns)
+        return _respond(found, request, outputs)
 
     async def infer(self, request: TensorRequest) -> TensorResponse:
         """Answer a request, batched with others where that pays.

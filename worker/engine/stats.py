@@ -9,9 +9,9 @@ Invariants: counters only grow; a snapshot is of one moment.
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from enum import StrEnum
 from threading import Lock
+from typing import NamedTuple
 
 from worker.engine.service import BatchStats, Duration, ModelStats
 
@@ -25,8 +25,7 @@ class FailReason(StrEnum):
     OTHER = "OTHER"
 
 
-@dataclass(frozen=True, slots=True)
-class RunTimes:
+class RunTimes(NamedTuple):
     """How long the parts of one run took, ns, and what it was."""
 
     input_ns: int
