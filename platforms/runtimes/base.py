@@ -158,6 +158,16 @@ class Session(ABC):
         Connects `stop` where the library can end a run; may ignore it where it cannot.
         """
 
+    def shrink(self, inputs: Mapping[str, Array]) -> None:
+        """Run once, and give back memory that only larger runs before it needed.
+
+        Does nothing where the runtime has no way to do so.
+
+        Raises:
+            TensorError, InferenceError: as `run`.
+        """
+        del inputs
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the model; a later `run` is refused. Harmless when repeated."""

@@ -100,6 +100,19 @@ def test_made_up_inputs_fit_every_kind_of_tensor(tmp_path: Path) -> None:
         assert session.run(inputs)["y"].shape == (3, 2, 1)
 
 
+def test_shrinking_leaves_a_session_that_answers_as_before(mlp: Session) -> None:
+    one = make_inputs(mlp)
+    before = mlp.run(one)["y"]
+    mlp.run(make_inputs(mlp, 64))
+    mlp.shrink(one)
+    np.testing.assert_array_equal(mlp.run(one)["y"], before)
+    with pytest.raises(PlatformError):
+        mlp.shrink({})
+    mlp.close()
+    with pytest.raises(PlatformError):
+        mlp.shrink(one)
+
+
 def test_kept_curve_is_used_until_something_it_depends_on_differs(tmp_path: Path) -> None:
     policy = CostPolicy(folder=tmp_path / "costs")
     measured: list[int] = []

@@ -181,8 +181,17 @@ def measure_costs(
         return CostCurve((point,), 1, "no batching: the model has no batch axis", policy.objective)
     batches = _find_batches(session, one, policy)
     spent = _measure_rounds(session, batches, policy.budget_s)
+    _give_back(session, one)
     points = [CostPoint(1 << n, latency_ms) for n, latency_ms in enumerate(spent)]
     return build_curve(points, policy.objective)
+
+
+def _give_back(session: Session, one: Mapping[str, Array]) -> None:
+    """Free what the largest batches took: most of them will never be made again."""
+    try:
+        session.shrink(one)
+    except PlatformError as exc:
+        _log.debug("memory of measuring is kept: %s", exc)
 
 
 def make_inputs(session: Session, rows: int = 1) -> dict[str, Array]:
