@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec
 from tests.harness.models import write_endless_model
 from tests.harness.waiting import wait_until
+from worker.engine.batcher import BatchOptions
 from worker.engine.control import InferError, RunControl
 from worker.engine.costs import CostPolicy
 from worker.engine.engine import Engine, InferRequest
@@ -502,6 +504,21 @@ def test_jobs_are_cut_to_the_measured_batch(
     outcomes = engine.infer(folder, [*jobs, InferRequest("wide", JobInput(tensors=two))])
     assert [one.batch_rows for one in outcomes] == [2, 2, 2, 2, 1, 2]
     assert outcomes[-1].value["outputs"][0]["data"] == [3.0 * n for n in range(10)]
+
+
+def test_configuration_has_the_last_word(
+    spec: PlatformSpec, repository: ModelRepository, tmp_path: Path
+) -> None:
+    add_scale(repository, tmp_path, 3)
+
+    def configure(model: LoadedModel, options: BatchOptions) -> BatchOptions:
+        assert model.name == "scale"
+        return replace(options, max_rows=2, queue_requests=1)
+
+    engine = Engine(spec, configure=configure)
+    engine.load(repository.get_folder("scale"))
+    (served,) = engine.list_served()
+    assert (served.batcher.max_rows, served.batcher.options.queue_requests) == (2, 1)
 
 
 class DictCache:

@@ -355,6 +355,26 @@ def test_delay_ends_for_a_lone_request_and_for_a_waiting_thread(
     wait_until(lambda: long.busy == 0, 30, "the instance is free")
 
 
+def test_delay_with_several_instances_leaves_nobody_waiting(
+    pool: ThreadPoolExecutor, negation: Session
+) -> None:
+    batcher = make_batcher(pool, instances=3, max_rows=4, max_queue_delay_s=0.002)
+
+    def take_turns() -> None:
+        for n in range(30):
+            with batcher.acquire(1 + n % 3):
+                pass
+
+    async def run() -> None:
+        threads = [asyncio.to_thread(take_turns) for _ in range(2)]
+        requests = (batcher.infer(negation, row(1), 1, priority=n % 4) for n in range(100))
+        await asyncio.wait_for(asyncio.gather(*threads, *requests), 50)
+
+    asyncio.run(run())
+    wait_until(lambda: batcher.busy == 0, 30, "all instances are free")
+    assert max(find_sizes(batcher)) <= 4
+
+
 def test_preferred_batch_is_cut_from_what_waits(
     pool: ThreadPoolExecutor, negation: Session
 ) -> None:

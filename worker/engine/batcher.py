@@ -124,7 +124,7 @@ class Batcher:
         self._busy = 0
         self._waiting = 0
         self._arrivals = 0
-        self._is_delaying = False
+        self._delaying = 0
 
     # --- what anyone may ask --------------------------------------------------------------
 
@@ -281,9 +281,9 @@ class Batcher:
             )
             self._insert(item)
             self._waiting += 1
-            must_start = self._busy < self.options.instances and not self._is_delaying
+            must_start = self._busy < self.options.instances and not self._delaying
             self._busy += must_start
-            if self._is_delaying:
+            if self._delaying:
                 self._changed.notify()
         if must_start:
             self._pool.submit(self._work)
@@ -355,14 +355,15 @@ class Batcher:
                 self._drop_expired()
                 delay_s = self._find_delay()
                 if delay_s > 0:
-                    self._is_delaying = True
+                    self._delaying += 1
                     self._changed.wait(delay_s)
-                    self._is_delaying = False
+                    self._delaying -= 1
                     continue
                 batch = self._collect()
                 if batch:
                     self._start_another()
                     return batch
+            self._start_another()
             return []
 
     def _pass_on(self) -> bool:
@@ -379,8 +380,8 @@ class Batcher:
         return True
 
     def _start_another(self) -> None:
-        """After a delay more may wait than one batch takes, while other instances are free."""
-        if self._queue and self._busy < self.options.instances and not self._is_delaying:
+        """A delay leaves instances free while requests wait: they must not wait for the next one."""
+        if self._queue and self._busy < self.options.instances and not self._delaying:
             self._busy += 1
             self._pool.submit(self._work)
 

@@ -109,6 +109,9 @@ class ServedModel:
     """None where it was not measured."""
 
 
+Configure = Callable[[LoadedModel, BatchOptions], BatchOptions]
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """One call of `Engine.infer` whose model is loaded."""
@@ -123,7 +126,12 @@ class Engine:
     """Runs model versions of this box; one per process, shared by its threads."""
 
     def __init__(
-        self, spec: PlatformSpec, instances: int = 1, *, costs: CostPolicy | None = None
+        self,
+        spec: PlatformSpec,
+        instances: int = 1,
+        *,
+        costs: CostPolicy | None = None,
+        configure: Configure | None = None,
     ) -> None:
         """Describe the box.
 
@@ -132,11 +140,13 @@ class Engine:
             instances: how many inferences of one model should be able to run at the same time;
                 they share the cores.
             costs: how models are measured when they load; None: not at all.
+            configure: given a model and what the engine would do with it, says what it should.
         """
         self._spec = spec
         self._threads = compute_threads(spec.cores, instances)
         self._instances = max(1, int(spec.cores) // self._threads)
         self._costs = costs
+        self._configure = configure
         self.cache = SessionCache()
         self._served: dict[ModelKey, ServedModel] = {}
         self._stats: dict[tuple[str, str], StatsCounter] = {}
@@ -207,6 +217,8 @@ class Engine:
             max_rows=costs.chosen_rows if costs is not None else ROWS_MAX,
             is_batchable=model.is_batchable,
         )
+        if self._configure is not None:
+            options = self._configure(model, options)
         return ServedModel(key, Batcher(options, self._pool, stats), costs)
 
     def get_served(self, key: ModelKey) -> ServedModel:
