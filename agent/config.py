@@ -225,6 +225,15 @@ class WorkerSettings(_Section):
     )
 
 
+class MetricsSettings(_Section):
+    """The agent's metrics for Prometheus; the workers' are with their HTTP API."""
+
+    host: str = Field(default="127.0.0.1", description="Address the agent's metrics are served on.")
+    port: int | None = Field(
+        default=None, ge=0, le=65535, description="Its TCP port; none: no metrics of the agent."
+    )
+
+
 class Settings(BaseSettings):
     """All settings of one box."""
 
@@ -259,6 +268,7 @@ class Settings(BaseSettings):
     outbox: OutboxSettings = OutboxSettings()
     limits: LimitSettings = LimitSettings()
     worker: WorkerSettings = WorkerSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     _file: ClassVar[dict[str, Any]] = {}
 

@@ -27,7 +27,8 @@ AgentError
 │   ├── PathNotAllowedError the path leaves the configured roots
 │   ├── InputNotFoundError
 │   └── InputTooLargeError
-└── BrokerUnavailableError  the queue or MQTT broker does not answer
+├── BrokerUnavailableError  the queue or MQTT broker does not answer
+└── MetricsError            metrics cannot be served
 """
 
 from typing import ClassVar
@@ -205,3 +206,9 @@ class BrokerUnavailableError(AgentError):
 
     code = "broker_unavailable"
     retryable = True
+
+
+class MetricsError(AgentError):
+    """The agent's metrics cannot be served."""
+
+    code = "metrics_unavailable"

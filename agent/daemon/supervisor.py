@@ -29,6 +29,7 @@ from agent.daemon.inbox import Inbox
 from agent.daemon.intake import Intake
 from agent.daemon.memory import limit_arenas, release_memory
 from agent.daemon.messages import Call, Message, SyncDue, Wake
+from agent.daemon.metrics import AgentCollector, JobTimes, MetricsServer
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.opening import open_ledger, report_recovery
 from agent.daemon.outcomes import OutcomeConsumer
@@ -36,7 +37,7 @@ from agent.daemon.presence import PROTOCOL_VERSIONS, Presence
 from agent.daemon.reporter import Reporter
 from agent.daemon.storage import Storage
 from agent.daemon.writer import Writer
-from agent.errors import StoreDamagedError, StoreError
+from agent.errors import MetricsError, StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.fileio import write_atomic
 from agent.platformfile import detect_and_save, find_platform
@@ -101,6 +102,8 @@ class Agent:
         self._ledger = ledger
         self._damage: StoreDamagedError | None = None
         self._claim: int | None = None
+        self._times = JobTimes()
+        self._metrics: MetricsServer | None = None
         self._writer = self._build_writer()
         post = self._mailbox.put
         self._session = MqttSession(
@@ -200,10 +203,25 @@ class Agent:
         self._outcomes.start()
         if self._settings.inbox.enabled:
             self._inbox.start()
+        self._serve_metrics()
         threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
         threading.Thread(target=self._check_later, name="check", daemon=True).start()
         reach("recovery.started")
         log.info("agent %s started, boot %d", self._settings.device_id, self._boot)
+
+    def _serve_metrics(self) -> None:
+        """Serve metrics where that is wanted; without them everything else goes on."""
+        if self._settings.metrics.port is None:
+            return
+        try:
+            self._metrics = MetricsServer(self._settings.metrics, self._build_collector)
+        except MetricsError as exc:
+            log.error("%s; the agent goes on without", exc)  # noqa: TRY400
+
+    def _build_collector(self) -> AgentCollector:
+        return AgentCollector(
+            self._settings.ledger_file, self._clock, self._times, self._measure, _read_version()
+        )
 
     def _recover(self, tx: Connection) -> None:
         """Count this boot and take over what the last run left under way."""
@@ -226,6 +244,8 @@ class Agent:
     def stop(self) -> None:
         """Stop every thread and close the store."""
         notify("STOPPING=1")
+        if self._metrics is not None:
+            self._metrics.close()
         if self._settings.inbox.enabled and self._inbox.is_alive():
             self._inbox.stop()
         self._drain_reports()
@@ -406,6 +426,7 @@ class Agent:
             log.warning("status file %s: %s", path, exc.strerror)
 
     def _on_ended(self, ended: Any) -> None:
+        self._times.observe(ended)
         if self._settings.inbox.enabled:
             self._inbox.notify_ended(ended)
 

@@ -184,6 +184,8 @@ def _drop(
             last += 1
         numbers.append(last if seq is None else seq)
     outbox.save_counter(tx, "seq", last)
+    dropped = f"dropped_{rank.name}"
+    outbox.save_counter(tx, dropped, outbox.read_counter(tx, dropped) + len(chosen))
     _delete(tx, [number for number, _ in chosen])
     _tell(tx, topics, rank, numbers, reason, now_ms)
     reach("outbox.bounded")

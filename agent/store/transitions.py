@@ -120,6 +120,8 @@ class EndedJob:
     state: JobState
     task_id: str | None = None
     """The task that carried it to the end; it may still run where the job was cancelled."""
+    took_ms: int = 0
+    """From its acceptance to its end, on the wall clock."""
 
 
 class Changes:
@@ -153,8 +155,8 @@ class Changes:
         if state is JobState.RUNNING:
             row["started_ms"] = row["started_ms"] or at_ms
         if state in ENDS:
-            ended = EndedJob(row["job_id"], Source(row["source"]), state, row["task_id"])
-            self.ended.append(ended)
+            source, took_ms = Source(row["source"]), at_ms - row["created_ms"]
+            self.ended.append(EndedJob(row["job_id"], source, state, row["task_id"], took_ms))
             row["ended_ms"] = at_ms
             row["task_id"] = None
         self._history.append(build_history(row, state.value, at_ms))

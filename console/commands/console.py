@@ -108,7 +108,8 @@ def _word(change: "Change") -> str:
         case "ledger":
             return f"has another ledger, {body.get('ledger')}: its open jobs are sent again"
         case "lost":
-            return f"records {body.get('from_seq')} to {body.get('to_seq')} are lost"
+            span = f"{body.get('from_seq')} to {body.get('to_seq')}"
+            return f"records {span} never came here, and the device has them no more"
     return f"{change.kind} {change.name}  {json.dumps(body, ensure_ascii=False)[:200]}"
 
 
