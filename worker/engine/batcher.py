@@ -380,7 +380,7 @@ class Batcher:
         return True
 
     def _start_another(self) -> None:
-        """A delay leaves instances free while requests wait: they must not wait for the next one."""
+        """A delay leaves instances free while requests wait: put them to use."""
         if self._queue and self._busy < self.options.instances and not self._delaying:
             self._busy += 1
             self._pool.submit(self._work)
