@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -522,32 +522,66 @@ def test_configuration_has_the_last_word(
 
 
 class DictCache:
-    """A cache as the service sees one: a dict by the input's bytes."""
+    """A cache as the service sees one."""
 
     def __init__(self) -> None:
-        self.kept: dict[bytes, Mapping[str, Array]] = {}
+        self.kept: dict[bytes, tuple[str, Mapping[str, Array]]] = {}
 
-    def is_enabled(self, model: LoadedModel) -> bool:
-        return model.name == "scale"
+    def find(self, key: bytes) -> Mapping[str, Array] | None:
+        return self.kept[key][1] if key in self.kept else None
 
-    def get(self, model: LoadedModel, request: TensorRequest) -> Mapping[str, Array] | None:
-        return self.kept.get(request.inputs["x"].tobytes())
+    def insert(self, key: bytes, owner: str, outputs: Mapping[str, Array]) -> bool:
+        self.kept[key] = (owner, outputs)
+        return True
 
-    def put(self, model: LoadedModel, request: TensorRequest, outputs: Mapping[str, Array]) -> None:
-        self.kept[request.inputs["x"].tobytes()] = outputs
+    def drop(self, owner: str) -> int:
+        doomed = [key for key, (mine, _) in self.kept.items() if mine == owner]
+        for key in doomed:
+            del self.kept[key]
+        return len(doomed)
+
+
+def make_key(model: str, sha256: str, wanted: Iterable[str], inputs: Mapping[str, Array]) -> bytes:
+    return repr((model, sha256, sorted(wanted))).encode() + inputs["x"].tobytes()
 
 
 def test_cached_answer_is_no_run_and_is_counted(
-    engine: Engine, repository: ModelRepository, tmp_path: Path
+    spec: PlatformSpec, repository: ModelRepository, tmp_path: Path
 ) -> None:
     add_scale(repository, tmp_path, 3)
-    service = EngineService(engine, repository, cache=DictCache())
-    answers = [infer(service, ask()) for _ in range(3)]
+    engine = Engine(spec, configure=lambda _, options: replace(options, is_cached=True))
+    cache = DictCache()
+    service = EngineService(engine, repository, cache=cache, make_key=make_key)
+    answers = [answer(service, ask()) for _ in range(3)]
     assert [one.is_cached for one in answers] == [False, True, True]
     assert {json.dumps(one.outputs["y"].tolist()) for one in answers} == {"[[3.0, 6.0]]"}
     (stats,) = service.get_stats("scale")
     assert (stats.success.count, stats.execution_count) == (3, 1)
     assert (stats.cache_hit.count, stats.cache_miss.count) == (2, 1)
+    asyncio.run(service.unload("scale"))
+    assert not cache.kept
+    service.close()
+
+
+def test_model_that_asks_for_no_cache_is_always_run(
+    engine: Engine, repository: ModelRepository, tmp_path: Path
+) -> None:
+    add_scale(repository, tmp_path, 3)
+    service = EngineService(engine, repository, cache=DictCache(), make_key=make_key)
+    assert not any(answer(service, ask()).is_cached for _ in range(2))
+    service.close()
+
+
+def test_request_of_more_rows_than_configured_is_refused(
+    spec: PlatformSpec, repository: ModelRepository, tmp_path: Path
+) -> None:
+    add_scale(repository, tmp_path, 3)
+    engine = Engine(spec, configure=lambda _, options: replace(options, request_rows_max=2))
+    service = EngineService(engine, repository)
+    assert infer(service, ask(x=np.ones((2, 2), np.float32)))
+    with pytest.raises(TensorError, match="2 rows, not 3"):
+        infer(service, ask(x=np.ones((3, 2), np.float32)))
+    assert asyncio.run(service.get_info("scale")).max_batch_size == 2
     service.close()
 
 

@@ -286,6 +286,38 @@ def test_request_that_waits_too_long_is_told_so(
     assert batcher.stats.read().failures["REJECTED"] == 1
 
 
+@pytest.mark.parametrize(
+    ("default_s", "is_free", "asked_s", "expected_s"),
+    [
+        (None, True, None, None),
+        (None, True, 3, 3),
+        (None, False, 3, None),
+        (2, True, None, 2),
+        (2, True, 3, 2),
+        (2, True, 1, 1),
+        (2, False, 1, 2),
+    ],
+)
+def test_timeout_is_the_shorter_one_where_a_request_may_name_its_own(
+    default_s: float | None, is_free: bool, asked_s: float | None, expected_s: float | None
+) -> None:
+    options = BatchOptions(default_timeout_s=default_s, is_timeout_free=is_free)
+    assert options.choose_timeout_s(asked_s) == expected_s
+
+
+def test_requests_of_a_model_that_joins_none_run_alone(
+    pool: ThreadPoolExecutor, negation: Session
+) -> None:
+    batcher = make_batcher(pool, is_joining=False, max_rows=2)
+    four = {"x": np.zeros((4, 1), np.float32)}
+    asyncio.run(
+        gather_while_held(
+            batcher, batcher.infer(negation, row(1), 1), batcher.infer(negation, four, 4)
+        )
+    )
+    assert find_sizes(batcher) == {1: 1, 2: 2}
+
+
 def test_cancelled_request_leaves_the_queue(pool: ThreadPoolExecutor, negation: Session) -> None:
     batcher = make_batcher(pool)
 

@@ -63,6 +63,21 @@ class BatchOptions:
     """How long a free instance waits for a fuller batch."""
     preferred_rows: tuple[int, ...] = ()
     """Batches to prefer, of those that what waits allows."""
+    is_joining: bool = True
+    """False: no two requests share a run."""
+    is_timeout_free: bool = True
+    """A request may name its own timeout; one that is shorter, where there is a default."""
+    request_rows_max: int | None = None
+    """Rows that one request may have; None: any number."""
+    is_cached: bool = False
+    """Answers are kept, where there is a cache."""
+
+    def choose_timeout_s(self, asked_s: float | None) -> float | None:
+        """Return how long a request may wait that asks for so long."""
+        default_s = self.default_timeout_s
+        if asked_s is None or not self.is_timeout_free:
+            return default_s
+        return asked_s if default_s is None else min(asked_s, default_s)
 
 
 class _Batch:
@@ -239,7 +254,7 @@ class Batcher:
             PlatformError, WorkerError: the run failed.
         """
         loop = asyncio.get_running_loop()
-        timeout_s = self.options.default_timeout_s if timeout_s is None else timeout_s
+        timeout_s = self.options.choose_timeout_s(timeout_s)
         item = self._submit(loop, session, inputs, rows, priority, timeout_s)
         timer = None
         if timeout_s is not None:
@@ -294,7 +309,7 @@ class Batcher:
         return (priority or self.options.default_priority, self._arrivals)
 
     def _make_signature(self, inputs: Inputs) -> object:
-        if not self.options.is_batchable:
+        if not (self.options.is_batchable and self.options.is_joining):
             return object()
         return tuple(
             (name, array.shape[1:], array.dtype.num) for name, array in sorted(inputs.items())

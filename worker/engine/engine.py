@@ -171,12 +171,8 @@ class Engine:
 
     def _load(self, key: ModelKey) -> LoadedModel:
         model = load_model(key.folder, self._spec, self._threads)
-        known = self._served.get(key)
-        if known is None:
-            costs = self._measure(model)
-            with self._lock:
-                # Kept when the model is unloaded: requests may be in it, and costs do not change.
-                self._served[key] = self._build_served(key, model, costs)
+        if key not in self._served:
+            self._keep_served(key, model, self._measure(model))
         return model
 
     def _measure(self, model: LoadedModel) -> CostCurve | None:
@@ -221,13 +217,19 @@ class Engine:
             options = self._configure(model, options)
         return ServedModel(key, Batcher(options, self._pool, stats), costs)
 
-    def get_served(self, key: ModelKey) -> ServedModel:
-        """Return what there is of a version that has been loaded.
+    def get_served(self, key: ModelKey, model: LoadedModel) -> ServedModel:
+        """Return what there is of a version that is loaded; it outlives the loaded model."""
+        return self._served.get(key) or self._keep_served(key, model, None)
 
-        Raises:
-            KeyError: it has never been.
-        """
-        return self._served[key]
+    def _keep_served(
+        self, key: ModelKey, model: LoadedModel, costs: CostCurve | None
+    ) -> ServedModel:
+        with self._lock:
+            # Kept when the model is unloaded: requests may be in it, and costs do not change.
+            served = self._served.get(key)
+            if served is None:
+                served = self._served[key] = self._build_served(key, model, costs)
+            return served
 
     def list_served(self) -> list[ServedModel]:
         """Return every version that has been loaded since the process began."""
@@ -271,7 +273,7 @@ class Engine:
             for outcome in outcomes:
                 outcome.error = model
             return outcomes
-        call = _Call(model, self.get_served(key).batcher, control, priority)
+        call = _Call(model, self.get_served(key, model).batcher, control, priority)
         pending = _prepare(model, requests, outcomes, control)
         for group in _group(model, pending):
             for batch in _cut(group, call.batcher.max_rows):

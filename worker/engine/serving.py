@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -69,17 +69,21 @@ _log = logging.getLogger(__name__)
 class ResponseCacheLike(Protocol):
     """A cache of answers; thread-safe, and quick enough for an event loop."""
 
-    def is_enabled(self, model: LoadedModel) -> bool:
-        """Say whether answers of this model are kept."""
+    def find(self, key: bytes) -> Mapping[str, Array] | None:
+        """Return the outputs kept under `key`, if they are there."""
         ...
 
-    def get(self, model: LoadedModel, request: TensorRequest) -> Mapping[str, Array] | None:
-        """Return the answer to an equal request, if it is there."""
+    def insert(self, key: bytes, owner: str, outputs: Mapping[str, Array]) -> bool:
+        """Keep outputs, or not; say which."""
         ...
 
-    def put(self, model: LoadedModel, request: TensorRequest, outputs: Mapping[str, Array]) -> None:
-        """Keep an answer, or not."""
+    def drop(self, owner: str) -> int:
+        """Remove all that `owner`, a version's folder, has in it; say how many."""
         ...
+
+
+MakeKey = Callable[[str, str, Iterable[str], Mapping[str, Array]], bytes]
+"""From the model, its artifact's sha256, the wanted outputs and the inputs to a cache's key."""
 
 
 @dataclass(slots=True)
@@ -109,7 +113,8 @@ class EngineService:
     Args:
         engine: runs them, and the queue's jobs.
         repository: of which models there are, and which version is active.
-        cache: of answers; None for none.
+        cache: of answers, of models whose options ask for it; None for none.
+        make_key: of the cache.
     """
 
     def __init__(
@@ -118,10 +123,12 @@ class EngineService:
         repository: ModelRepository,
         *,
         cache: ResponseCacheLike | None = None,
+        make_key: MakeKey | None = None,
     ) -> None:
         self._engine = engine
         self._repository = repository
         self._cache = cache
+        self._make_key = make_key
         self._routes: dict[tuple[str, str | None], _Route] = {}
         self._inline_rows: dict[ModelKey, int] = {}
         self._loads: dict[ModelKey, Future[LoadedModel]] = {}
@@ -167,7 +174,7 @@ class EngineService:
             As `infer`.
         """
         found = self._find(request.model, request.version)
-        if found is None or self._is_cached(found.model):
+        if found is None or self._is_cached(found):
             return None
         rows, batcher = _guess_rows(request.inputs), found.served.batcher
         limit = self._inline_rows.get(found.served.key, 0)
@@ -175,7 +182,7 @@ class EngineService:
             return None
         began = time.perf_counter_ns()
         try:
-            if request.outputs or len(request.inputs) > 1:
+            if request.outputs or len(request.inputs) > 1 or batcher.options.request_rows_max:
                 _verify(found, request)
             outputs = found.model.session.run(request.inputs, check_finite=False)
         except (PlatformError, WorkerError) as exc:
@@ -210,7 +217,7 @@ class EngineService:
         except TensorError as exc:
             self._count_failure(found, exc, began)
             raise
-        if self._is_cached(found.model):
+        if self._is_cached(found):
             return await self._infer_cached(found, request, rows, began)
         return _respond(found, request, await self._run(found, request, rows))
 
@@ -223,14 +230,18 @@ class EngineService:
             timeout_s=request.timeout_s,
         )
 
-    def _is_cached(self, model: LoadedModel) -> bool:
-        return self._cache is not None and self._cache.is_enabled(model)
+    def _is_cached(self, found: _Found) -> bool:
+        return self._cache is not None and found.served.batcher.options.is_cached
 
     async def _infer_cached(
         self, found: _Found, request: TensorRequest, rows: int, began: int
     ) -> TensorResponse:
-        cache = self._cache
-        kept = cache.get(found.model, request) if cache is not None else None
+        cache, make_key = self._cache, self._make_key
+        if cache is None or make_key is None:
+            return _respond(found, request, await self._run(found, request, rows))
+        sha256 = found.model.artifact.sha256
+        key = make_key(request.model, sha256, request.outputs, request.inputs)
+        kept = cache.find(key)
         looked_ns = time.perf_counter_ns() - began
         if kept is not None:
             found.stats.add_cache_hit(time.perf_counter_ns() - began, looked_ns)
@@ -238,8 +249,7 @@ class EngineService:
         outputs = await self._run(found, request, rows)
         inserting = time.perf_counter_ns()
         response = _respond(found, request, outputs)
-        if cache is not None:
-            cache.put(found.model, request, response.outputs)
+        cache.insert(key, str(found.served.key.folder), response.outputs)
         found.stats.add_cache_miss(looked_ns + time.perf_counter_ns() - inserting)
         return response
 
@@ -266,7 +276,7 @@ class EngineService:
             if route is None:
                 return None
         model = self._engine.cache.find(route.key)
-        return None if model is None else _Found(self._engine.get_served(route.key), model)
+        return None if model is None else _Found(self._engine.get_served(route.key, model), model)
 
     def _check(self, name: str, version: str | None, route: _Route) -> _Route | None:
         """Look again at what a name means: two or three looks at the disk."""
@@ -303,8 +313,13 @@ class EngineService:
         """Free a version that is no longer the active one; what runs on it finishes."""
         is_wanted = any(route.key == key for route in tuple(self._routes.values()))
         if not is_wanted:
-            self._engine.cache.unload(key)
+            self._free(key)
             self._inline_rows.pop(key, None)
+
+    def _free(self, key: ModelKey) -> None:
+        self._engine.cache.unload(key)
+        if self._cache is not None:
+            self._cache.drop(str(key.folder))
 
     def _resolve(self, name: str, version: str | None) -> ModelKey:
         """Ask the repository; blocks for some looks at the disk.
@@ -334,7 +349,7 @@ class EngineService:
             # Shielded: others wait for the same load, and may go on doing so.
             model = await asyncio.shield(asyncio.wrap_future(self._start_load(key)))
         self._routes[name, version] = _Route(key, time.monotonic())
-        served = self._engine.get_served(key)
+        served = self._engine.get_served(key, model)
         self._inline_rows[key] = _find_inline_rows(served, model)
         return _Found(served, model)
 
@@ -392,7 +407,7 @@ class EngineService:
             self._routes.pop(route, None)
         for served in self._engine.list_served():
             if served.key.name == model:
-                self._engine.cache.unload(served.key)
+                self._free(served.key)
 
     # --- descriptions ---------------------------------------------------------------------
 
@@ -413,7 +428,7 @@ class EngineService:
             platform=_PLATFORMS.get(loaded.runtime, loaded.runtime),
             inputs=loaded.session.inputs,
             outputs=loaded.session.outputs,
-            max_batch_size=_max_batch_size(loaded),
+            max_batch_size=_max_batch_size(found.served),
             config=build_config(model, found.served, loaded),
             labels=_find_labels(loaded),
         )
@@ -499,7 +514,11 @@ def _verify(found: _Found, request: TensorRequest) -> int:
     if len(lengths) > 1:
         msg = f"the inputs have batches of {', '.join(map(str, sorted(lengths)))} rows: not equal"
         raise TensorError(msg)
-    return int(lengths.pop())
+    rows, limit = int(lengths.pop()), found.served.batcher.options.request_rows_max
+    if limit is not None and rows > limit:
+        msg = f"a request may have {limit} rows, not {rows}"
+        raise TensorError(msg)
+    return rows
 
 
 def _respond(
@@ -531,8 +550,9 @@ def _find_inline_rows(served: ServedModel, model: LoadedModel) -> int:
 # --- descriptions -------------------------------------------------------------------------
 
 
-def _max_batch_size(model: LoadedModel) -> int:
-    return ROWS_MAX if model.is_batchable else 0
+def _max_batch_size(served: ServedModel) -> int:
+    options = served.batcher.options
+    return (options.request_rows_max or ROWS_MAX) if options.is_batchable else 0
 
 
 def _find_labels(model: LoadedModel) -> dict[str, tuple[str, ...]]:
@@ -553,7 +573,7 @@ def build_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str
         "name": name,
         "platform": _PLATFORMS.get(model.runtime, model.runtime),
         "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": _max_batch_size(model),
+        "max_batch_size": _max_batch_size(served),
         "input": _build_tensors(model.session.inputs, model),
         "output": _build_tensors(model.session.outputs, model),
         "instance_group": [{"name": f"{name}_0", "count": options.instances, "kind": "KIND_CPU"}],
