@@ -170,6 +170,9 @@ def test_a_batch_size_without_dynamic_batching_stacks_nothing() -> None:
 def test_an_explicit_zero_means_no_batches_where_silence_does_not() -> None:
     assert complete_text("# max_batch_size: 0\n")["max_batch_size"] == DEFAULT_MAX_ROWS
     assert complete_text("max_batch_size: 0\n")["max_batch_size"] == 0
+    assert complete_text('name: "n#" max_batch_size: 0 # so')["max_batch_size"] == 0
+    hidden = r'metric_tags { key: "a" value: "\"max_batch_size: 0" }'
+    assert complete_text(hidden)["max_batch_size"] == DEFAULT_MAX_ROWS
     assert complete_text('input { name: "x" dims: [-1, 64] }')["max_batch_size"] == 0
     assert complete_text('input { name: "x" dims: [64] }')["max_batch_size"] == DEFAULT_MAX_ROWS
 

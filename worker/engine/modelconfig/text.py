@@ -13,8 +13,9 @@ from worker.errors import ModelConfigError
 CONFIG_FILE = "config.pbtxt"
 CONFIG_MAX_BYTES = 1 << 20
 
-# Of its name there is one field in the whole schema, at the top.
-_BATCH_FIELD = re.compile(r"^[^#\"']*\bmax_batch_size\s*:", re.M)
+# Of its name there is one field in the whole schema, at the top; texts and comments may hold it.
+_BATCH_FIELD = re.compile(r"\bmax_batch_size\s*:")
+_NO_FIELDS = re.compile(r"""#.*|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def parse_config(text: str | bytes, origin: str = CONFIG_FILE) -> ConfigText:
     except (UnicodeDecodeError, text_format.ParseError, RecursionError) as exc:
         msg = f"{origin} is no model configuration: line {exc}"
         raise ModelConfigError(msg) from exc
-    return ConfigText(message, origin, bool(_BATCH_FIELD.search(decoded)))
+    return ConfigText(message, origin, bool(_BATCH_FIELD.search(_NO_FIELDS.sub("", decoded))))
 
 
 def format_config(message: ConfigMessage) -> str:
