@@ -223,6 +223,14 @@ class WorkerSettings(_Section):
     cancel_grace_s: float = Field(
         default=10.0, ge=0, description="A cancelled run that goes on so long ends its process."
     )
+    response_cache_mb: int = Field(
+        default=0,
+        ge=0,
+        description="Memory for answers of models with a response cache; 0: no cache.",
+    )
+    response_cache_ttl_s: float = Field(
+        default=0.0, ge=0, description="Age at which a cached answer is given up; 0: none."
+    )
 
 
 class MetricsSettings(_Section):

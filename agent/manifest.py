@@ -13,7 +13,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.errors import DigestMismatchError, ManifestError
 from platforms.artifact import ArtifactFormat, ArtifactSpec, Datatype, Precision, TensorSpec
@@ -96,6 +96,87 @@ class Step(_Strict):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
+class QueueRules(_Strict):
+    """How long requests may wait for their turn, and how many."""
+
+    timeout_s: float = Field(default=0.0, ge=0)
+    """Longest wait; 0 for no limit."""
+    timeout_action: Literal["reject", "delay"] = "reject"
+    """`delay`: a request that waited too long runs after all others instead of failing."""
+    allow_timeout_override: bool = False
+    """Whether a request may ask for a shorter wait."""
+    max_queue_size: int = Field(default=0, ge=0)
+    """Most requests that wait; 0 for no limit."""
+
+
+class WarmupInput(_Strict):
+    """What a warm-up run feeds to one input."""
+
+    datatype: Datatype
+    shape: tuple[int, ...]
+    """Without the batch axis."""
+    source: Literal["zero", "random", "file"] = "zero"
+    file: FileName | None = None
+    """Raw little-endian tensor data, for the source `file`; one of the manifest's `files`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WarmupInput":
+        if any(axis < 1 for axis in self.shape):
+            msg = "the shape of a warm-up input has no free or empty axis"
+            raise ValueError(msg)
+        if (self.source == "file") != (self.file is not None):
+            msg = "`file` goes with the source `file`, and only with it"
+            raise ValueError(msg)
+        return self
+
+
+class Warmup(_Strict):
+    """One run before a version takes requests."""
+
+    name: str = Field(min_length=1)
+    rows: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1)
+    """How often it runs."""
+    inputs: dict[str, WarmupInput] = Field(min_length=1)
+
+
+class VersionPolicy(_Strict):
+    """Which versions are served by number; exactly one of the three."""
+
+    latest: int | None = Field(default=None, ge=1)
+    all: Literal[True] | None = None
+    specific: tuple[int, ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "VersionPolicy":
+        if sum(item is not None for item in (self.latest, self.all, self.specific)) != 1:
+            msg = "a version policy is one of latest, all, specific"
+            raise ValueError(msg)
+        return self
+
+
+class Serving(_Strict):
+    """How the model is served; a key that is left out is config.pbtxt's, or the engine's."""
+
+    max_rows: int | None = Field(default=None, ge=0, le=1 << 20)
+    """Most rows in one run; 0: nothing is stacked."""
+    preferred_rows: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    max_queue_delay_s: float = Field(default=0.0, ge=0, le=60)
+    """How long a request may wait for others to fill a batch."""
+    preserve_ordering: bool = False
+    priority_levels: int = Field(default=0, ge=0, le=1 << 16)
+    default_priority: int = Field(default=0, ge=0)
+    queue: QueueRules = QueueRules()
+    priority_queues: dict[Annotated[int, Field(ge=1)], QueueRules] = Field(default_factory=dict)
+    """Rules of single priority levels, in place of `queue`."""
+    instances: int | None = Field(default=None, ge=1, le=256)
+    """Runs at the same time; left out: as many as pay on this box."""
+    response_cache: bool = False
+    warmup: tuple[Warmup, ...] = ()
+    version_policy: VersionPolicy | None = None
+    parameters: dict[str, str] = Field(default_factory=dict)
+
+
 class Manifest(_Strict):
     """One version of a model: tensors, artifacts in the publisher's order, processing."""
 
@@ -113,6 +194,8 @@ class Manifest(_Strict):
     files: dict[FileName, str] = Field(default_factory=dict)
     """Other files of the version (labels, …) with their sha256."""
     objective: Literal["latency_p95", "throughput", "memory", "energy"] = "latency_p95"
+    serving: Serving | None = None
+    """Batching, queues, instances, response cache, warm-up."""
 
     def artifact_specs(self) -> tuple[ArtifactSpec, ...]:
         """Return the artifacts in the publisher's order, as selection sees them."""

@@ -8,6 +8,8 @@ WorkerError
 ├── StepError               a manifest's processing cannot be set up
 │   ├── UnknownStepError    it names a step that is not installed
 │   └── StepParamsError     it gives a step parameters that it does not take
+├── ModelConfigError        a model's config.pbtxt cannot be used as it stands
+│   └── UnsupportedConfigError  it asks for something of Triton's that is not offered here
 └── ServingError            a request for an answer at once was not taken
     ├── ModelUnavailableError  the model has been unloaded, or does not load
     ├── RequestRejectedError   too many wait already
@@ -64,6 +66,18 @@ class StepParamsError(StepError):
     """The manifest gives a processing step parameters that it does not take."""
 
     code = "bad_processing_params"
+
+
+class ModelConfigError(WorkerError):
+    """A model's `config.pbtxt` or serving keys are malformed, or contradict its graph."""
+
+    code = "bad_model_config"
+
+
+class UnsupportedConfigError(ModelConfigError):
+    """A model's `config.pbtxt` asks for something of Triton's that is not offered here."""
+
+    code = "unsupported_config"
 
 
 class ServingError(WorkerError):

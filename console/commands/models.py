@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +23,23 @@ _SHOWN_FROM_BYTES = 64 << 20
 """A smaller copy is over before a person has seen a bar."""
 _POLL_S = 0.1
 
+
+class ExportForm(StrEnum):
+    """Layouts that a model is written in."""
+
+    TRITON = "triton"
+
+
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")]
 
 
 def add_model(
     call: Invocation,
     name: NameArgument,
-    path: Annotated[Path, typer.Argument(help="A folder with manifest.json, or an .onnx file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A folder with manifest.json, a Triton model's, or an .onnx file."),
+    ],
     activate: Annotated[
         bool, typer.Option(help="Whether to make it the active version at once.")
     ] = True,
@@ -43,7 +54,9 @@ def add_model(
     import tempfile
 
     repository = _open(call)
-    if path.is_dir():
+    if path.is_dir() and not (path / "manifest.json").exists():
+        found = _add_triton(call, repository, path, name, activate=activate, precision=precision)
+    elif path.is_dir():
         found = _copy(call, repository, path, name, activate=activate)
     elif path.suffix == ".onnx" and path.is_file():
         from console.onnx_import import write_onnx_version
@@ -56,6 +69,62 @@ def add_model(
         msg = f"{path} is neither a folder with manifest.json nor an .onnx file"
         raise InputFileError(msg)
     _show(call, found)
+
+
+def _add_triton(
+    call: Invocation,
+    repository: "ModelRepository",
+    path: Path,
+    name: str,
+    *,
+    activate: bool,
+    precision: Precision,
+) -> "ModelVersion":
+    """Add all versions of a Triton model; the one that `latest` names, or the newest, is last."""
+    import tempfile
+
+    from console.triton_import import find_latest, find_versions, write_triton_version
+
+    _check_name(name)
+    versions = find_versions(path)
+    if not versions:
+        msg = f"{path} has neither a manifest.json nor a Triton model's version folders"
+        raise InputFileError(msg)
+    latest = find_latest(path) or versions[-1].release
+    with tempfile.TemporaryDirectory(prefix="edgeward-import-") as folder:
+        staged: list[tuple[str, Path]] = []
+        for version in versions:
+            target = Path(folder) / version.folder.name
+            target.mkdir()
+            write_triton_version(path, version, target, name, precision=precision)
+            staged.append((version.release, target))
+        added = {
+            release: _copy(call, repository, target, name, activate=False)
+            for release, target in staged
+        }
+    number = str(added[latest].number)
+    return repository.activate(name, number) if activate else added[latest]
+
+
+def export_model(
+    call: Invocation,
+    name: NameArgument,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="The model's new folder is in it.")],
+    form: Annotated[
+        ExportForm, typer.Option(help="triton: config.pbtxt and numeric version folders.")
+    ] = ExportForm.TRITON,
+    version: Annotated[
+        str | None, typer.Option(help="Number or release; else the active version.")
+    ] = None,
+) -> None:
+    """Write a version of a model as another server reads it."""
+    from console.triton_import import export_triton
+
+    del form
+    found = _open(call).get_version(name, version)
+    written = export_triton({found.number: found.folder}, path / name)
+    document = {"model": name, "version": found.number, "files": [str(file) for file in written]}
+    call.out.show(document, lambda: "\n".join(str(file) for file in written))
 
 
 def _check_name(name: str) -> None:
@@ -203,6 +272,7 @@ def trust_version(
 
 
 command(app, "add")(add_model)
+command(app, "export")(export_model)
 command(app, "list")(list_models)
 command(app, "activate")(activate_version)
 command(app, "rollback")(roll_back)
