@@ -382,7 +382,8 @@ def test_info_says_what_clients_need(
     assert info.platform == "onnxruntime_onnx"
     assert [one.shape for one in (*info.inputs, *info.outputs)] == [(-1, 2), (-1, 2)]
     assert info.max_batch_size >= 1
-    assert info.config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [2]}]
+    (entry,) = info.config["input"]
+    assert (entry["name"], entry["data_type"], entry["dims"]) == ("x", "TYPE_FP32", [2])
     batching = info.config["edgeward"]["batching"]
     assert json.loads(json.dumps(batching)) == batching
     assert batching["points"][0][0] == 1

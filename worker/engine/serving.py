@@ -30,6 +30,7 @@ from platforms.artifact import TensorSpec
 from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
 from worker.engine.batcher import Outputs
+from worker.engine.configured import describe
 from worker.engine.costs import ROWS_MAX
 from worker.engine.engine import Engine, ServedModel
 from worker.engine.service import (
@@ -564,10 +565,16 @@ def _find_labels(model: LoadedModel) -> dict[str, tuple[str, ...]]:
 
 
 def build_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str, Any]:
-    """Return a model's configuration as JSON: what is known without a config.pbtxt.
+    """Return a model's configuration as JSON, Triton's and our own part.
 
     The one place that says how a model is configured.
     """
+    config = describe(name, model) or _build_small_config(name, served, model)
+    return {**config, "edgeward": {"batching": _build_batching(served)}}
+
+
+def _build_small_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str, Any]:
+    """Return what is known without protobuf."""
     options = served.batcher.options
     return {
         "name": name,
@@ -577,7 +584,6 @@ def build_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str
         "input": _build_tensors(model.session.inputs, model),
         "output": _build_tensors(model.session.outputs, model),
         "instance_group": [{"name": f"{name}_0", "count": options.instances, "kind": "KIND_CPU"}],
-        "edgeward": {"batching": _build_batching(served)},
     }
 
 

@@ -1,0 +1,74 @@
+"""Bringing a model's configuration to the engine: `modelconfig` on one side, batching on the other.
+
+Owns the translation of `ServingConfig` into `BatchOptions`, and the JSON that clients see. Reads
+the version's small files when it loads; decides nothing.
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from agent.errors import AgentError
+from agent.manifest import read_manifest
+from worker.engine.batcher import BatchOptions
+from worker.engine.modelconfig.completion import Graph, complete
+from worker.engine.modelconfig.document import to_json
+from worker.engine.modelconfig.serving import ServingConfig
+from worker.engine.modelconfig.source import build_serving, find_config
+from worker.engine.sessions import LoadedModel
+from worker.errors import ModelConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def configure(model: LoadedModel, options: BatchOptions) -> BatchOptions:
+    """Return what the model's configuration makes of the engine's own choice.
+
+    The measured maximum holds below a configured one: that is a limit, not a wish.
+
+    Raises:
+        ManifestError, ModelConfigError: its files are damaged or contradict themselves.
+    """
+    manifest = read_manifest(model.folder)
+    config = build_serving(find_config(model.folder, manifest), manifest)
+    return apply_config(options, config)
+
+
+def apply_config(options: BatchOptions, config: ServingConfig) -> BatchOptions:
+    """Return the options with the configuration put over them. Pure."""
+    limit = config.max_rows or None
+    timeout_s = config.queue.timeout_s or None
+    return replace(
+        options,
+        instances=config.instances or options.instances,
+        max_rows=min(options.max_rows, limit or options.max_rows),
+        request_rows_max=limit,
+        is_batchable=options.is_batchable and config.max_rows != 0,
+        is_joining=config.is_batching,
+        queue_requests=config.queue.max_queue_size or options.queue_requests,
+        default_priority=config.default_priority or options.default_priority,
+        default_timeout_s=timeout_s,
+        is_timeout_free=timeout_s is None or config.queue.allow_timeout_override,
+        max_queue_delay_s=config.max_queue_delay_s,
+        preferred_rows=config.preferred_rows,
+        is_cached=config.response_cache,
+    )
+
+
+def describe(name: str, model: LoadedModel) -> dict[str, Any] | None:
+    """Return Triton's ModelConfig as JSON; None where protobuf, which it needs, is missing."""
+    graph = Graph(
+        name=name,
+        format=model.artifact.format,
+        file=model.artifact.file,
+        inputs=model.session.inputs,
+        outputs=model.session.outputs,
+        is_batchable=model.is_batchable,
+    )
+    try:
+        manifest = read_manifest(model.folder)
+        config = find_config(model.folder, manifest)
+        return to_json(complete(config, graph, build_serving(config, manifest)))
+    except (AgentError, ModelConfigError) as exc:
+        _log.warning("%s: its configuration cannot be shown whole: %s", name, exc)
+        return None
