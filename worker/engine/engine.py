@@ -268,17 +268,20 @@ class Engine:
         control.enter((request.job_id for request in requests), is_loading=True)
         outcomes = [InferOutcome(request.job_id) for request in requests]
         key = ModelKey.from_folder(folder)
-        model = _attempt(str(folder), self.load_key, key)
-        if isinstance(model, InferError):
+        call = _attempt(str(folder), self._open, key, control, priority)
+        if isinstance(call, InferError):
             for outcome in outcomes:
-                outcome.error = model
+                outcome.error = call
             return outcomes
-        call = _Call(model, self.get_served(key, model).batcher, control, priority)
-        pending = _prepare(model, requests, outcomes, control)
-        for group in _group(model, pending):
+        pending = _prepare(call.model, requests, outcomes, control)
+        for group in _group(call.model, pending):
             for batch in _cut(group, call.batcher.max_rows):
                 _run_group(call, batch)
         return outcomes
+
+    def _open(self, key: ModelKey, control: RunControl, priority: int) -> _Call:
+        model = self.load_key(key)
+        return _Call(model, self.get_served(key, model).batcher, control, priority)
 
 
 def _prepare(

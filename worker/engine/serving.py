@@ -422,6 +422,7 @@ class EngineService:
         found = self._find(model, version) or await self._open(model, version)
         versions = await asyncio.to_thread(self._repository.list_versions, model)
         loaded = found.model
+        config = build_config(model, found.served, loaded)
         return ModelInfo(
             name=model,
             version=found.served.key.version,
@@ -429,8 +430,8 @@ class EngineService:
             platform=_PLATFORMS.get(loaded.runtime, loaded.runtime),
             inputs=loaded.session.inputs,
             outputs=loaded.session.outputs,
-            max_batch_size=_max_batch_size(found.served),
-            config=build_config(model, found.served, loaded),
+            max_batch_size=int(config["max_batch_size"]),
+            config=config,
             labels=_find_labels(loaded),
         )
 
