@@ -7,7 +7,7 @@ work through the engine's instances and stacking, cut to the chosen batch, besid
 over the same session at the best measured batch: `engine` has its 64 rows in one request,
 `bundle` in 64 requests that are stacked and taken apart; and requests/s of the
 service, inline and through the batcher's threads, beside rows/s of the session at 1 row. The
-ways take turns of a quarter of a second, so that a noisy machine hits them alike; the ratio is
+ways take turns of a twentieth of a second, so that a noisy machine hits them alike; the ratio is
 the median over the rounds.
 """
 
@@ -36,7 +36,7 @@ from worker.engine.service import TensorRequest
 from worker.engine.serving import EngineService
 from worker.engine.sessions import LoadedModel
 
-_TURN_S = 0.25
+_TURN_S = 0.05
 _BUNDLE = 64
 _CLIENTS = 32
 
