@@ -29,7 +29,7 @@ def build_warmup(sample: WarmupSample, folder: Path, *, has_batch: bool) -> dict
         has_batch: put `sample.rows` in front of each shape.
 
     Raises:
-        ModelConfigError: a data file is missing, outside the folder, or has another size than its shape.
+        ModelConfigError: a data file is missing, outside the folder, or not of its shape.
     """
     rows = (sample.rows,) if has_batch else ()
     return {
