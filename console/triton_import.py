@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from agent.manifest import (
-    MANIFEST_FILE,
     ArtifactEntry,
     Manifest,
     TensorEntry,
@@ -59,11 +58,6 @@ class TritonVersion:
     """The folder's name; `v` goes before a bare number, which would read as one of ours."""
 
 
-def is_triton_folder(folder: Path) -> bool:
-    """Say whether this is a Triton model's folder rather than one version with its manifest."""
-    return not (folder / MANIFEST_FILE).exists() and bool(find_versions(folder))
-
-
 def find_versions(folder: Path) -> tuple[TritonVersion, ...]:
     """Return the version folders of a Triton model, oldest first by their numbers."""
     found = [
@@ -92,7 +86,13 @@ def find_latest(folder: Path) -> str | None:
 
 
 def write_triton_version(
-    model: Path, version: TritonVersion, target: Path, name: str, *, precision: Precision
+    model: Path,
+    version: TritonVersion,
+    target: Path,
+    name: str,
+    *,
+    precision: Precision,
+    has_gpu: bool,
 ) -> Manifest:
     """Write one version of the Triton model in `model`, with a manifest, into `target`.
 
@@ -102,6 +102,7 @@ def write_triton_version(
         target: an empty folder.
         name: the model's name here.
         precision: of the weights, which Triton does not say.
+        has_gpu: instances on a GPU are taken.
 
     Raises:
         InputFileError: a file is missing, or is outside the folder.
@@ -109,7 +110,7 @@ def write_triton_version(
         ModelLoadError: the runtime refuses the model.
         ManifestError: the tensors are unusable.
     """
-    config = _read_config(model, version.folder)
+    config = _read_config(model, version.folder, has_gpu=has_gpu)
     artifact, artifact_format = _find_artifact(version.folder, config)
     copied = [_copy(version.folder, file, target) for file in _find_parts(version.folder, artifact)]
     if config is not None:
@@ -139,12 +140,12 @@ def write_triton_version(
     return manifest
 
 
-def _read_config(model: Path, version: Path) -> ConfigText | None:
+def _read_config(model: Path, version: Path, *, has_gpu: bool) -> ConfigText | None:
     for folder in (version, model):
         path = folder / CONFIG_FILE
         if path.is_file():
             config = parse_config(path.read_bytes(), str(path))
-            verify_supported(config)
+            verify_supported(config, has_gpu=has_gpu)
             return config
     return None
 
@@ -284,7 +285,8 @@ def export_triton(folders: dict[int, Path], target: Path) -> list[Path]:
         manifest = read_manifest(folder)
         artifact = _choose_artifact(manifest)
         parts = [artifact.file, *(file for file in manifest.files if file != CONFIG_FILE)]
-        config = find_config(folder, manifest)
+        # Whether this box could serve it does not matter here.
+        config = find_config(folder, manifest, has_gpu=True)
         companions = set() if config is None else set(_find_companions(config))
         for file in parts:
             _copy(folder, file, target if file in companions else target / str(number))

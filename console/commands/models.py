@@ -83,7 +83,9 @@ def _add_triton(
     """Add all versions of a Triton model; the one that `latest` names, or the newest, is last."""
     import tempfile
 
+    from agent.platformfile import find_platform
     from console.triton_import import find_latest, find_versions, write_triton_version
+    from platforms.spec import AcceleratorKind
 
     _check_name(name)
     versions = find_versions(path)
@@ -91,12 +93,15 @@ def _add_triton(
         msg = f"{path} has neither a manifest.json nor a Triton model's version folders"
         raise InputFileError(msg)
     latest = find_latest(path) or versions[-1].release
+    box = find_platform(call.settings.data_dir)
+    # What nobody has looked for yet may be there; the load will say.
+    has_gpu = box is None or box.has_accelerator(AcceleratorKind.NVIDIA_GPU)
     with tempfile.TemporaryDirectory(prefix="edgeward-import-") as folder:
         staged: list[tuple[str, Path]] = []
         for version in versions:
             target = Path(folder) / version.folder.name
             target.mkdir()
-            write_triton_version(path, version, target, name, precision=precision)
+            write_triton_version(path, version, target, name, precision=precision, has_gpu=has_gpu)
             staged.append((version.release, target))
         added = {
             release: _copy(call, repository, target, name, activate=False)

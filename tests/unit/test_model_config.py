@@ -1,6 +1,8 @@
 """Triton's model configuration: read, refused, completed, and told as a real Triton tells it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +321,35 @@ def test_warm_up_files_are_below_the_versions_folder() -> None:
     assert sample.inputs["x"].source is WarmupSource.FILE
     assert sample.inputs["x"].file == "warmup/raw"
     assert sample.rows == 2
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_schema_does_not_clash_with_an_installed_tritonclient() -> None:
+    pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    out = run_python(
+        "from worker.engine.modelconfig.text import parse_config\n"
+        "ours = parse_config('max_batch_size: 4').message\n"
+        "from tritonclient.grpc.model_config_pb2 import ModelConfig\n"
+        "print(ModelConfig.FromString(ours.SerializeToString()).max_batch_size)"
+    )
+    assert out == "4\n"
+
+
+def test_a_model_without_a_config_needs_no_protobuf() -> None:
+    out = run_python(
+        "import sys; sys.modules['google.protobuf'] = None\n"
+        "from agent.manifest import Serving\n"
+        "from worker.engine.modelconfig.serving import ServingConfig, apply_manifest\n"
+        "from worker.engine.modelconfig.source import find_config\n"
+        "from worker.engine.modelconfig.text import parse_config\n"
+        "from worker.errors import ModelConfigError\n"
+        "print(apply_manifest(ServingConfig(), Serving(max_rows=4)).max_rows)\n"
+        "try: parse_config('')\n"
+        "except ModelConfigError as exc: print(exc)\n"
+    )
+    assert out == "4\na config.pbtxt needs protobuf to be read: pip install 'edgeward[serve]'\n"

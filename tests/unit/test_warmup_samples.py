@@ -72,6 +72,7 @@ def test_a_file_of_another_size_is_an_error(
 def test_a_missing_file_and_a_type_without_arrays_are_errors(tmp_path: Path) -> None:
     for tensor in (
         WarmupTensor(Datatype.FP32, (1,), WarmupSource.FILE, "none"),
+        WarmupTensor(Datatype.FP32, (1,), WarmupSource.FILE, "warmup/../../raw"),
         WarmupTensor(Datatype.BF16, (1,)),
     ):
         with pytest.raises(ModelConfigError):

@@ -12,9 +12,9 @@ the next. The sum of all entries is within the capacity at every moment. Thread-
 
 import hashlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
 from typing import Any
@@ -78,7 +78,7 @@ class ResponseCache:
         self._ttl_s = ttl_s
         self._clock = clock
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._stats = CacheStats()
+        self._counters = Counter[str]()
         self._size_bytes = 0
         self._lock = Lock()
 
@@ -94,13 +94,12 @@ class ResponseCache:
             entry = self._entries.get(key)
             if entry is not None and self._is_expired(entry):
                 self._remove(key)
-                self._count(expired=1)
+                self._counters["expired"] += 1
                 entry = None
             if entry is not None:
                 self._entries.move_to_end(key)
-            is_hit = entry is not None
-            spent = time.perf_counter_ns() - started
-            self._count(hits=int(is_hit), misses=int(not is_hit), lookup_ns=spent)
+            self._counters["misses" if entry is None else "hits"] += 1
+            self._counters["lookup_ns"] += time.perf_counter_ns() - started
         return None if entry is None else entry.outputs
 
     def insert(self, key: bytes, owner: str, outputs: Mapping[str, Array]) -> bool:
@@ -115,19 +114,18 @@ class ResponseCache:
         size_bytes = compute_size(outputs)
         if size_bytes > self._capacity_bytes // _LARGEST_SHARE:
             with self._lock:
-                self._count(refused=1)
+                self._counters["refused"] += 1
             return False
         copies = MappingProxyType({name: _copy(array) for name, array in outputs.items()})
         with self._lock:
             self._remove(key)
-            evicted = 0
             while self._size_bytes + size_bytes > self._capacity_bytes:
                 self._remove(next(iter(self._entries)))
-                evicted += 1
+                self._counters["evicted"] += 1
             self._entries[key] = _Entry(owner, copies, size_bytes, self._clock())
             self._size_bytes += size_bytes
-            spent = time.perf_counter_ns() - started
-            self._count(inserts=1, evicted=evicted, insert_ns=spent)
+            self._counters["inserts"] += 1
+            self._counters["insert_ns"] += time.perf_counter_ns() - started
         return True
 
     def drop(self, owner: str) -> int:
@@ -147,7 +145,9 @@ class ResponseCache:
     def get_stats(self) -> CacheStats:
         """Return the counters and what is in the cache now."""
         with self._lock:
-            return replace(self._stats, entries=len(self._entries), size_bytes=self._size_bytes)
+            return CacheStats(
+                **self._counters, entries=len(self._entries), size_bytes=self._size_bytes
+            )
 
     def _is_expired(self, entry: _Entry) -> bool:
         return bool(self._ttl_s) and self._clock() - entry.stored_at_s >= self._ttl_s
@@ -156,12 +156,6 @@ class ResponseCache:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._size_bytes -= entry.size_bytes
-
-    def _count(self, **changes: int) -> None:
-        old = self._stats
-        self._stats = replace(
-            old, **{name: getattr(old, name) + change for name, change in changes.items()}
-        )
 
 
 def compute_key(

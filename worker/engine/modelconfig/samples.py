@@ -29,7 +29,7 @@ def build_warmup(sample: WarmupSample, folder: Path, *, has_batch: bool) -> dict
         has_batch: put `sample.rows` in front of each shape.
 
     Raises:
-        ModelConfigError: a data file is missing or has another size than its shape.
+        ModelConfigError: a data file is missing, outside the folder, or not of its shape.
     """
     rows = (sample.rows,) if has_batch else ()
     return {
@@ -44,7 +44,7 @@ def _build_tensor(sample: str, tensor: WarmupTensor, shape: tuple[int, ...], fol
         msg = f"warm-up {sample!r}: {tensor.datatype} has no element type here"
         raise ModelConfigError(msg)
     if tensor.source is WarmupSource.FILE:
-        return _read_tensor(sample, folder / (tensor.file or ""), dtype, shape)
+        return _read_tensor(sample, _find_file(sample, folder, tensor), dtype, shape)
     if tensor.source is WarmupSource.RANDOM:
         return _draw(tensor.datatype, dtype, shape)
     return np.full(shape, "" if dtype.hasobject else 0, dtype)
@@ -60,6 +60,14 @@ def _draw(datatype: Datatype, dtype: np.dtype[Any], shape: tuple[int, ...]) -> A
     top = 1 << 7 if datatype is Datatype.INT8 else _BYTE_VALUES
     values = generator.integers(0, top, shape)
     return values.astype(np.str_).astype(dtype) if dtype.hasobject else values.astype(dtype)
+
+
+def _find_file(sample: str, folder: Path, tensor: WarmupTensor) -> Path:
+    path = folder / (tensor.file or "")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        msg = f"warm-up {sample!r}: {tensor.file!r} is outside the version's folder"
+        raise ModelConfigError(msg)
+    return path
 
 
 def _read_tensor(sample: str, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
