@@ -1,0 +1,557 @@
+"""`edgeward bench` and `edgeward compare`: how fast models are on this box, and how alike."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from console.exits import Exit
+from console.invocation import Invocation, command, end_with
+from console.output import build_facts, build_table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from console.bench.baseline import Judgement
+    from console.bench.campaign import Plan
+    from console.bench.comparison import Comparison, Side
+    from console.bench.feed import Feed
+    from console.bench.report import Report
+    from console.bench.target import Target
+    from platforms.spec import PlatformSpec
+
+_SAMPLE_ROWS = 16
+"""Different input rows of a measurement; larger batches repeat them."""
+_LARGEST = 4096
+
+
+class _Panel(StrEnum):
+    LOAD = "Load"
+    FILES = "Files"
+    BASELINE = "Baseline"
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to `parent`."""
+    command(parent, "bench")(bench_model)
+    command(parent, "compare")(compare_two)
+
+
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of `1,2,4`, each once.
+
+    Raises:
+        typer.BadParameter: one is none, or out of range.
+    """
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4") from exc
+    if any(not 1 <= number <= _LARGEST for number in found):
+        raise typer.BadParameter(f"{text!r}: each number is from 1 to {_LARGEST}")
+    return found
+
+
+def _parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `x=3,224,224` by input name.
+
+    Raises:
+        typer.BadParameter: one has another form.
+    """
+    found = {}
+    for text in texts or ():
+        name, equals, axes = text.rpartition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{text!r} has not the form NAME=3,224,224")
+        found[name] = tuple(int(part) for part in axes.split(",") if part.strip().isdigit())
+    return found
+
+
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=3,224,224",
+        help="An input's free axes, without the batch; for random inputs.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads inside an operator; else as the worker's."),
+]
+
+
+def bench_model(
+    call: Invocation,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model here, NAME@VERSION, or a path.")
+    ],
+    version: Annotated[str | None, typer.Option(help="Number or release.")] = None,
+    artifact: Annotated[
+        list[str] | None, typer.Option(help="Only this file; may be repeated.")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Only this runtime; may be repeated.")
+    ] = None,
+    concurrency: Annotated[
+        str,
+        typer.Option(help="Threads that ask at the same time.", rich_help_panel=_Panel.LOAD),
+    ] = "1,2,4,8",
+    batch: Annotated[
+        str, typer.Option(help="Rows per run, of one thread.", rich_help_panel=_Panel.LOAD)
+    ] = "1,4,16",
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.01, help="Per point, all rounds together.", rich_help_panel=_Panel.LOAD),
+    ] = 3.0,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100, help="Fresh starts of each.", rich_help_panel=_Panel.LOAD)
+    ] = 3,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    stress: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="Instead: full load for so long, at the highest concurrency; count failures.",
+            rich_help_panel=_Panel.LOAD,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write bench.json, .md, .svg there.", rich_help_panel=_Panel.FILES
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw it: .png, .svg or .pdf.", rich_help_panel=_Panel.FILES
+        ),
+    ] = None,
+    save_baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keep it to compare with later.", rich_help_panel=_Panel.BASELINE
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Fail where it is slower than this baseline beyond noise.",
+            rich_help_panel=_Panel.BASELINE,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Also against another box or model.", rich_help_panel=_Panel.BASELINE
+        ),
+    ] = False,
+) -> None:
+    """Measure how fast a model runs here: every artifact, every runtime, under load.
+
+    Each one runs in a fresh process of its own, in rounds. Stop the worker first: what
+    else runs on the box is in the figures.
+    """
+    from console.bench.report import read_report
+    from console.bench.target import find_target, look_at_box
+
+    _check_options(stress=stress, plot=plot, against=against)
+    before = None if against is None else read_report(against)
+    target = find_target(call.settings, model, version)
+    with call.out.spinner("looking at this box"):
+        spec = look_at_box(call.settings)
+    loads = (concurrency, batch)
+    found = _measure(
+        call,
+        target,
+        spec,
+        (artifact or [], runtime or []),
+        _Wish(loads, seconds, rounds, threads, _parse_shapes(shape), stress),
+    )
+    judgement = None
+    if before is not None:
+        judgement = _judge(call, before, found, force=force)
+    _show_report(call, found, judgement)
+    _write_files(call, found, report, plot, save_baseline)
+    is_good = bool(found.measured) and not found.failed
+    end_with(Exit.OK if is_good and not (judgement and judgement.is_worse) else Exit.ERROR)
+
+
+class _Wish:
+    """What the options say about the load."""
+
+    def __init__(
+        self,
+        loads: tuple[str, str],
+        seconds: float,
+        rounds: int,
+        threads: int | None,
+        shapes: dict[str, tuple[int, ...]],
+        stress_s: float | None,
+    ) -> None:
+        self.concurrency, self.batch = (_parse_numbers(text) for text in loads)
+        self.seconds = seconds
+        self.rounds = rounds
+        self.threads = threads
+        self.shapes = shapes
+        self.stress_s = stress_s
+
+    def make_plan(self, spec: "PlatformSpec", inputs: Path | None) -> "Plan":
+        """Return what is asked of each configuration."""
+        from console.bench.campaign import Plan, plan_loads
+        from console.bench.sample import SEED
+        from worker.engine.threads import compute_threads
+
+        loads = plan_loads(self.concurrency, self.batch)
+        if self.stress_s is not None:
+            loads = ((max(self.concurrency), 1),)
+        return Plan(
+            loads=loads,
+            seconds=self.stress_s or self.seconds,
+            rounds=1 if self.stress_s is not None else self.rounds,
+            threads=self.threads or compute_threads(spec.cores, 1),
+            inputs=inputs,
+            seed=SEED,
+            shapes=self.shapes,
+            stress_s=self.stress_s or 0.0,
+        )
+
+
+def _check_options(*, stress: float | None, plot: Path | None, against: Path | None) -> None:
+    """Refuse what could not be done at the end, before the work."""
+    from console.bench.chart import check_format
+
+    if stress is not None and (plot or against):
+        raise typer.BadParameter("a stress run has no points to draw or to compare")
+    if plot is not None:
+        check_format(plot)
+
+
+def _measure(
+    call: Invocation,
+    target: "Target",
+    spec: "PlatformSpec",
+    filters: tuple[list[str], list[str]],
+    wish: _Wish,
+) -> "Report":
+    import tempfile
+
+    from console.bench.campaign import Campaign
+    from console.bench.target import list_candidates
+    from platforms.selection import Verdict
+
+    candidates = list_candidates(target, spec, *filters)
+    if wish.stress_s is not None and not any(filters):
+        # A long run is meant for what the worker runs.
+        candidates = [item for item in candidates if item.verdict is Verdict.CHOSEN] or candidates
+    with tempfile.TemporaryDirectory(prefix="edgeward-bench-") as folder:
+        inputs, source = _prepare_inputs(target, Path(folder))
+        plan = wish.make_plan(spec, inputs)
+        running = sum(item.verdict is not Verdict.RULED_OUT for item in candidates)
+        with call.out.progress("steps") as progress:
+            advance = _make_advance(progress, running * plan.steps)
+            found = Campaign(target, candidates, plan, advance).run()
+    return _build_report(target, spec, plan, wish, source, found)
+
+
+def _make_advance(progress: "Progress | None", total: int) -> Any:
+    """Return what moves the bar: it is called before each step."""
+    if progress is None:
+        return lambda _: None
+    task = progress.add_task("starting", total=total)
+    state = {"begun": False}
+
+    def advance(description: str) -> None:
+        progress.update(task, description=description, advance=1 if state["begun"] else 0)
+        state["begun"] = True
+
+    return advance
+
+
+def _prepare_inputs(target: "Target", folder: Path) -> tuple[Path | None, str]:
+    """Write rows of real or made-up inputs to a file; None where random tensors have to do."""
+    from console.bench.feed import choose_feed, iterate_inputs, stack_inputs
+    from console.bench.sample import save_arrays
+
+    feed = choose_feed([target], None, _SAMPLE_ROWS)
+    if not feed.items:
+        return None, "random tensors"
+    path = folder / "inputs.npz"
+    save_arrays(path, stack_inputs([*iterate_inputs(feed, target, ())]))
+    return path, feed.description
+
+
+def _build_report(
+    target: "Target",
+    spec: "PlatformSpec",
+    plan: "Plan",
+    wish: _Wish,
+    source: str,
+    configurations: Any,
+) -> "Report":
+    import importlib.metadata
+
+    from console.bench.report import Box, Conditions, Model, Report
+
+    return Report(
+        schema="edgeward.bench/v1",
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        edgeward=importlib.metadata.version("edgeward"),
+        box=Box(
+            hardware_class=spec.hardware_class,
+            os=f"{spec.os.value} {spec.os_version}",
+            arch=spec.arch.value,
+            cpu_model=spec.cpu_model,
+            cores=spec.cores,
+            memory_mb=spec.memory_mb,
+            python=spec.python_version,
+        ),
+        model=Model(
+            name=target.name, version=target.version, release=target.release, digest=target.digest
+        ),
+        conditions=Conditions(
+            seconds=plan.seconds,
+            rounds=plan.rounds,
+            threads=plan.threads,
+            concurrency=wish.concurrency,
+            batch=wish.batch,
+            inputs=source,
+        ),
+        configurations=configurations,
+    )
+
+
+def _judge(call: Invocation, before: "Report", now: "Report", *, force: bool) -> "Judgement":
+    """Compare with a baseline.
+
+    Raises:
+        BaselineMismatchError: it is of something else, and nobody insists.
+    """
+    from console.bench.baseline import find_mismatches, judge
+    from console.errors import BaselineMismatchError
+
+    mismatches = find_mismatches(before, now)
+    if mismatches and not force:
+        found = "; ".join(mismatches)
+        msg = f"the baseline is of something else (--force compares all the same): {found}"
+        raise BaselineMismatchError(msg)
+    for text in mismatches:
+        call.out.note(f"differs: {text}")
+    return judge(before, now)
+
+
+def _show_report(call: Invocation, found: "Report", judgement: "Judgement | None") -> None:
+    document = found.model_dump(mode="json", by_alias=True)
+    if judgement is not None:
+        document["against"] = judgement.to_json()
+    call.out.show(document, lambda: _render_report(found, judgement))
+
+
+def _render_report(found: "Report", judgement: "Judgement | None") -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from console.bench import report as forms
+
+    head = build_facts(
+        [
+            ("Model", forms.describe_model(found)),
+            ("Box", forms.describe_box(found)),
+            ("How", forms.describe_conditions(found)),
+        ]
+    )
+    tables = (
+        (forms.LOAD_HEADERS, [*forms.iterate_load_rows(found)]),
+        (forms.POINT_HEADERS, [*forms.iterate_point_rows(found)]),
+        (forms.STRESS_HEADERS, [*forms.iterate_stress_rows(found)]),
+    )
+    parts: list[Any] = [head]
+    for headers, rows in tables:
+        if rows:
+            parts += [Text(), build_table(headers, rows)]
+    parts += [Text(f"– {line}", style="yellow") for line in forms.iterate_left_out(found)]
+    if judgement is not None:
+        parts += [Text(), *_render_judgement(judgement)]
+    return Group(*parts)
+
+
+def _render_judgement(judgement: "Judgement") -> list[Any]:
+    from rich.text import Text
+
+    bad = [*judgement.broken, *map(str, judgement.regressions)]
+    lines = [Text(f"– {note}") for note in judgement.notes]
+    lines += [Text(f"✗ {line}", style="red") for line in bad]
+    if not bad:
+        text = f"✓ no slower than the baseline beyond noise ({judgement.compared} points)"
+        lines.append(Text(text, style="green"))
+    return lines
+
+
+def _write_files(
+    call: Invocation,
+    found: "Report",
+    folder: Path | None,
+    plot: Path | None,
+    baseline: Path | None,
+) -> None:
+    from console.bench.chart import draw_report, is_available
+    from console.bench.report import render_markdown
+
+    has_points = any(item.points for item in found.measured)
+    pictures = []
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(found.to_text(), encoding="utf-8")
+        if has_points and is_available():
+            draw_report(found, folder / "bench.svg")
+            pictures = ["bench.svg"]
+        text = render_markdown(found, pictures)
+        (folder / "bench.md").write_text(text, encoding="utf-8")
+        call.out.note(f"report: {folder / 'bench.md'}")
+    if plot is not None and has_points:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_report(found, plot)
+        call.out.note(f"plot: {plot}")
+    if baseline is not None:
+        baseline.parent.mkdir(parents=True, exist_ok=True)
+        baseline.write_text(found.to_text(), encoding="utf-8")
+        call.out.note(f"baseline: {baseline}")
+
+
+def compare_two(
+    call: Invocation,
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="The reference: NAME@VERSION, NAME@VERSION:FILE, or a path."
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it; the same forms.")],
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|golden", help="Else the golden set, where there is one, or chance."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Of inputs, at most.")] = 100,
+    top_k: Annotated[int, typer.Option(min=2, help="For classifiers.")] = 5,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail below this top-1 agreement.")
+    ] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option(metavar="DB", help="Fail below this SQNR.")
+    ] = None,
+) -> None:
+    """Say how alike two models answer on the same inputs, and how fast each is."""
+    from console.bench.comparison import compare_models
+    from console.bench.feed import choose_feed
+    from console.bench.target import find_side, look_at_box
+    from worker.engine.threads import compute_threads
+
+    found = [find_side(call.settings, text) for text in (a, b)]
+    with call.out.spinner("looking at this box"):
+        spec = look_at_box(call.settings)
+    sides = (_choose_side(*found[0], spec), _choose_side(*found[1], spec))
+    feed = choose_feed([target for target, _ in found], inputs, count)
+    if feed.warning:
+        call.out.note(f"note: {feed.warning}")
+    with call.out.progress("inputs") as progress:
+        result = compare_models(
+            sides,
+            feed,
+            threads or compute_threads(spec.cores, 1),
+            k=top_k,
+            shapes=_parse_shapes(shape),
+            advance=_make_advance(progress, feed.count),
+        )
+    faults = result.find_faults(min_agreement, min_sqnr)
+    call.out.show(
+        _to_document(result, feed, faults), lambda: _render_comparison(result, feed, faults)
+    )
+    end_with(Exit.ERROR if faults else Exit.OK)
+
+
+def _choose_side(target: "Target", artifact: str | None, spec: "PlatformSpec") -> "Side":
+    """Return the artifact that was named, or the one that the worker would run.
+
+    Raises:
+        NoArtifactError: it cannot run on this box.
+    """
+    from console.bench.comparison import Side
+    from platforms.runtimes.registry import RUNTIME_FORMATS
+    from platforms.selection import select_artifact
+
+    kept = [item for item in target.artifacts if artifact in (None, item.file)]
+    return Side(target, select_artifact(kept, spec, RUNTIME_FORMATS).get_chosen())
+
+
+def _to_document(result: "Comparison", feed: "Feed", faults: list[str]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "schema": "edgeward.compare/v1",
+        "likeness": result.likeness.value,
+        "passed": not faults,
+        "faults": faults,
+        "inputs": {"count": result.inputs, "from": feed.description, "warning": feed.warning},
+        "a": asdict(result.sides[0]),
+        "b": asdict(result.sides[1]),
+        "latency_ratio": result.latency_ratio,
+        "outputs": [item.to_json() for item in result.outputs],
+        "notes": list(result.notes),
+    }
+
+
+def _render_comparison(result: "Comparison", feed: "Feed", faults: list[str]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from console.bench.report import format_figure
+
+    outputs = [
+        (
+            item.name,
+            item.rows,
+            "–" if item.top_1 is None else f"{item.top_1:.4f}",
+            "–" if item.top_k is None else f"{item.top_k:.4f} (k = {item.k})",
+            f"{item.sqnr_db:.1f}",
+            f"{item.max_abs:.3g}",
+            f"{item.mean_abs:.3g}",
+            f"{item.cosine:.6f}",
+        )
+        for item in result.outputs
+    ]
+    sides = [
+        (
+            name,
+            side.label,
+            side.runtime,
+            format_figure(side.size_bytes / 1e6),
+            format_figure(side.p50_ms),
+            format_figure(side.p95_ms),
+            format_figure(side.rss_mb),
+        )
+        for name, side in zip("AB", result.sides, strict=True)
+    ]
+    speed = result.latency_ratio
+    pace = f"{1 / speed:.2f} times as fast" if speed < 1 else f"{speed:.2f} times as slow"
+    colour = "red" if faults else "green"
+    verdict = Text(f"B is {result.likeness} on {feed.description}, and {pace}.", style=colour)
+    columns = ("Output", "Rows", "Top-1", "Top-k", "SQNR, dB", "Max-abs", "Mean-abs", "Cosine")
+    return Group(
+        build_table(("", "Model", "Runtime", "File, MB", "p50, ms", "p95, ms", "RSS, MB"), sides),
+        Text(),
+        build_table(columns, outputs),
+        *(Text(f"– {note}", style="yellow") for note in result.notes),
+        Text(),
+        verdict,
+        *(Text(f"✗ {fault}", style="red") for fault in faults),
+    )
