@@ -154,7 +154,11 @@ class Campaign:
             runs, rss = state["runs"], state["rss_mb"]
             self._advance(f"{label}: {runs:,} runs{failed}, {rss:.0f} MB")
 
-        request = {"concurrency": concurrency, "batch": batch, "seconds": seconds}
+        request: dict[str, Any] = {
+            "concurrency": concurrency,
+            "batch": batch,
+            "seconds": seconds,
+        }
         answer = child.ask({"do": "stress", **request}, seconds, show)
         if "skipped" in answer:
             raise MeasuringError(answer["skipped"])
@@ -191,9 +195,9 @@ def _conclude(row: _Row) -> Configuration:
     facts["provider"] = row.facts.get("provider")
     if row.failure:
         return Configuration(**facts, status="failed", detail=row.failure)
+    facts |= {name: Spread.from_values(values) for name, values in row.series.items()}
     return Configuration(
         **facts,
-        **{name: Spread.from_values(values) for name, values in row.series.items()},
         status="measured",
         detail="; ".join(row.remarks),
         points=tuple(_conclude_point(load, found) for load, found in row.points.items()),

@@ -27,7 +27,7 @@ _COLOURS = (
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _FAINT = "#222222", "#dddddd"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": "#888888",
@@ -87,12 +87,12 @@ def draw_report(report: Report, path: Path) -> None:
         width, height = _PANEL_INCHES
         figure = Figure(figsize=(width * len(columns) + 0.4, 2 * height + 1.2))
         FigureCanvasAgg(figure)
-        grid = figure.subplots(2, len(columns), squeeze=False, sharey="row")
+        grid = figure.subplots(2, len(columns), squeeze=False)
         for column, (label, find_x, keep) in enumerate(columns):
             for row, (title, find_y) in enumerate(_ROWS):
                 axes = grid[row][column]
                 _draw_panel(axes, report, (find_x, find_y, keep))
-                axes.set_title(title if column == 0 else "", pad=10)
+                axes.set_title(title, pad=10)
                 axes.set_xlabel(label if row else "")
         _add_heading(figure, grid[0][0], report)
         _save(figure, path)

@@ -7,6 +7,7 @@ Invariants: the same seed makes the same arrays on every box.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,8 @@ def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     plain = {k: v.astype(np.str_) if v.dtype.hasobject else v for k, v in arrays.items()}
     # As one list: an input may be called `file`, as an argument of `savez` is.
     names = np.array([*plain], np.str_)
-    np.savez(path, names=names, **{f"a{n}": array for n, array in enumerate(plain.values())})
+    numbered: dict[str, Any] = {f"a{n}": array for n, array in enumerate(plain.values())}
+    np.savez(path, names=names, **numbered)
 
 
 def load_arrays(path: Path) -> dict[str, Array]:
