@@ -30,14 +30,16 @@ class Parity:
     rows: int
     is_identical: bool
     """Every value is equal."""
-    sqnr_db: float
-    """Signal to quantization noise; infinite where identical, NaN where either side has NaN."""
-    max_abs: float
-    mean_abs: float
-    cosine: float
+    sqnr_db: float | None
+    """Signal to quantization noise; infinite where identical, NaN where either side has NaN.
+
+    None for texts, as the distances below."""
+    max_abs: float | None
+    mean_abs: float | None
+    cosine: float | None
     """Mean over rows."""
     top_1: float | None = None
-    """Share of rows; None where the output is no row of class scores."""
+    """Share of rows whose best class is the same, or of texts that are; None for other outputs."""
     top_k: float | None = None
     """Share of rows whose reference's best is among the candidate's `k` best."""
     k: int | None = None
@@ -95,10 +97,16 @@ def _compare_texts(name: str, reference: Array, candidate: Array) -> Parity:
         msg = f"{name}: texts cannot be compared with numbers"
         raise TensorError(msg)
     equal = reference == candidate
-    share = float(np.mean(equal))
-    rows = len(reference) if reference.ndim else 1
-    distance = 1.0 - share
-    return Parity(name, rows, bool(equal.all()), math.nan, distance, distance, share)
+    return Parity(
+        name=name,
+        rows=len(reference) if reference.ndim else 1,
+        is_identical=bool(np.all(equal)),
+        sqnr_db=None,
+        max_abs=None,
+        mean_abs=None,
+        cosine=None,
+        top_1=float(np.mean(equal)),
+    )
 
 
 def is_class_scores(array: Array) -> bool:
@@ -159,12 +167,13 @@ def compute_top_k_agreement(reference: _Float, candidate: _Float, k: int) -> flo
 def find_worst(parities: Sequence[Parity]) -> tuple[float | None, float]:
     """Return the lowest top-1 agreement (None: no output has one) and the lowest SQNR in dB.
 
-    NaN counts as the lowest of all.
+    NaN counts as the lowest of all; the SQNR is infinite where no output has one.
     """
     agreements = [item.top_1 for item in parities if item.top_1 is not None]
     levels = [
-        (math.inf if item.is_identical else -math.inf) if math.isnan(item.sqnr_db) else item.sqnr_db
+        -math.inf if math.isnan(item.sqnr_db) else item.sqnr_db
         for item in parities
+        if item.sqnr_db is not None
     ]
     return min(agreements, default=None), min(levels, default=math.inf)
 

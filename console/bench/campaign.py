@@ -123,7 +123,7 @@ class Campaign:
         self._advance(f"{label}: load")
         loaded = open_artifact(child, self._target, row.candidate, self._plan.threads)
         row.facts = loaded
-        names = {name: name for name in (*_MEMORY, "load_ms", "base_rss_mb")}
+        names = {name: name for name in (*_MEMORY, "import_ms", "load_ms", "base_rss_mb")}
         row.keep(loaded, names)
         inputs = None if self._plan.inputs is None else str(self._plan.inputs)
         shapes = {name: [*axes] for name, axes in self._plan.shapes.items()}

@@ -110,7 +110,10 @@ class Configuration(_Record):
     """It is what the worker would run."""
     runtime_version: str | None = None
     provider: str | None = None
+    import_ms: Spread | None = None
+    """Of the runtime's library."""
     load_ms: Spread | None = None
+    """Of the model, after that."""
     warm_up_ms: Spread | None = None
     """The first run."""
     base_rss_mb: Spread | None = None

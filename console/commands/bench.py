@@ -522,10 +522,15 @@ def _render_comparison(result: "Comparison", feed: "Feed", faults: list[str]) ->
             item.rows,
             "–" if item.top_1 is None else f"{item.top_1:.4f}",
             "–" if item.top_k is None else f"{item.top_k:.4f} (k = {item.k})",
-            f"{item.sqnr_db:.1f}",
-            f"{item.max_abs:.3g}",
-            f"{item.mean_abs:.3g}",
-            f"{item.cosine:.6f}",
+            *(
+                "–" if value is None else form.format(value)
+                for form, value in (
+                    ("{:.1f}", item.sqnr_db),
+                    ("{:.3g}", item.max_abs),
+                    ("{:.3g}", item.mean_abs),
+                    ("{:.6f}", item.cosine),
+                )
+            ),
         )
         for item in result.outputs
     ]
