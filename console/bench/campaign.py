@@ -7,6 +7,7 @@ Invariants: a configuration that fails has a row that says why, and costs the ot
 no child is left behind, whatever ends the campaign.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Number of steps per configuration, all rounds together."""
+        """Number of steps per configuration, all rounds together; about one a second of stress."""
+        if self.stress_s:
+            return 1 + math.ceil(self.stress_s)
         return self.rounds * (1 + len(self.loads))
 
 

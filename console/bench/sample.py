@@ -34,8 +34,12 @@ def make_random_inputs(
         shapes: lengths by input name for other free axes, batch axis left out; else they are 1.
 
     Raises:
-        TensorError: a datatype has no NumPy form, or a shape does not fit the input.
+        TensorError: a datatype has no NumPy form, a shape does not fit the input, or there is none.
     """
+    unknown = (shapes or {}).keys() - {spec.name for spec in specs}
+    if unknown:
+        msg = f"the model has no input {', '.join(sorted(unknown))}"
+        raise TensorError(msg)
     rng = np.random.default_rng(seed)
     return {spec.name: _make_one(spec, rows, rng, (shapes or {}).get(spec.name)) for spec in specs}
 

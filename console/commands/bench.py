@@ -62,10 +62,11 @@ def _parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
     """
     found = {}
     for text in texts or ():
-        name, equals, axes = text.rpartition("=")
-        if not equals or not name:
+        name, _, axes = text.rpartition("=")
+        parts = axes.split(",")
+        if not name or not all(part.isdecimal() and int(part) for part in parts):
             raise typer.BadParameter(f"{text!r} has not the form NAME=3,224,224")
-        found[name] = tuple(int(part) for part in axes.split(",") if part.strip().isdigit())
+        found[name] = tuple(map(int, parts))
     return found
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+from onnx import TensorProto, helper, save
 
+from console.models.magika import write_magika_version
 from tests.harness.commands import PROGRAM, clean_environment, run_edgeward
 from tests.harness.waiting import wait_until
 from tests.harness.wild_runtime import install_wild_runtime
@@ -18,6 +20,7 @@ from tests.harness.wild_runtime import install_wild_runtime
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "console" / "models" / "digits"
 QUICK = ("--seconds", "0.06", "--rounds", "2", "--concurrency", "1,2", "--batch", "1,3")
+ORT = ("--runtime", "ort")
 _LIMIT_S = 60.0
 
 
@@ -56,7 +59,7 @@ def kept(data_dir: Path) -> Path:
     """A folder with everything that one measurement can write."""
     folder = data_dir / "kept"
     files = ("--report", folder, "--plot", folder / "p.png", "--save-baseline", folder / "b.json")
-    done = run_edgeward("bench", DIGITS, *QUICK, *files, "--data-dir", data_dir)
+    done = run_edgeward("bench", DIGITS, *QUICK, *ORT, *files, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
@@ -103,7 +106,7 @@ def test_baseline_holds_until_it_is_beaten_by_far(kept: Path, data_dir: Path) ->
                 point[figure]["rounds"] = 2
     path = kept / "impossible.json"
     path.write_text(json.dumps(baseline))
-    code, document = bench(data_dir, DIGITS, *QUICK, "--against", path)
+    code, document = bench(data_dir, DIGITS, *QUICK, *ORT, "--against", path)
     assert code == 1
     figures = {item["figure"] for item in document["against"]["regressions"]}
     assert "p95_ms" in figures
@@ -113,13 +116,13 @@ def test_baseline_holds_until_it_is_beaten_by_far(kept: Path, data_dir: Path) ->
             for figure, worst in (("p95_ms", 1e9), ("rows_per_s", 1e-9)):
                 point[figure] = {"median": worst, "min": worst, "max": worst, "rounds": 2}
     path.write_text(json.dumps(baseline))
-    code, document = bench(data_dir, DIGITS, *QUICK, "--against", path)
+    code, document = bench(data_dir, DIGITS, *QUICK, *ORT, "--against", path)
     assert (code, document["against"]["is_worse"]) == (0, False)
     assert document["against"]["compared"] >= 6
 
 
 def test_baseline_of_another_model_is_refused_unless_forced(kept: Path, data_dir: Path) -> None:
-    options = (DIGITS / "digits.onnx", *QUICK, "--against", kept / "b.json")
+    options = (DIGITS / "digits.onnx", *QUICK, *ORT, "--against", kept / "b.json")
     code, document = bench(data_dir, *options)
     assert (code, document["error"]["code"]) == (2, "baseline_mismatch")
     assert "sha256" in document["error"]["message"]
@@ -128,19 +131,40 @@ def test_baseline_of_another_model_is_refused_unless_forced(kept: Path, data_dir
     assert "configurations" in document
 
 
-def test_fixed_batch_is_left_out_and_said(data_dir: Path, tmp_path: Path) -> None:
-    from onnx import TensorProto, helper, save
+def test_model_of_file_bytes_is_fed_through_its_own_preprocessing(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    write_magika_version(tmp_path)
+    code, document = bench(data_dir, tmp_path, *QUICK, *ORT)
+    (item,) = document["configurations"]
+    assert (code, item["status"], len(item["points"])) == (0, "measured", 3)
+    assert document["conditions"]["inputs"] == "16 files of random bytes"
 
+
+def test_shape_gives_free_axes_their_lengths(data_dir: Path, tmp_path: Path) -> None:
+    path = write_net(tmp_path / "free.onnx", "Relu", ["n", "m"])
+    bench_it = (path, *QUICK, *ORT, "--shape")
+    assert bench(data_dir, *bench_it, "x=7")[0] == 0
+    code, document = bench(data_dir, *bench_it, "z=7")
+    assert code == 1
+    assert "no input z" in document["configurations"][0]["detail"]
+
+
+def write_net(path: Path, operator: str, shape: list[Any]) -> Path:
     graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])],
-        "fixed",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [helper.make_node(operator, ["x"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
     )
-    path = tmp_path / "fixed.onnx"
     opset = [helper.make_opsetid("", 18)]
     save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
-    code, document = bench(data_dir, path, *QUICK, "--runtime", "ort")
+    return path
+
+
+def test_fixed_batch_is_left_out_and_said(data_dir: Path, tmp_path: Path) -> None:
+    path = write_net(tmp_path / "fixed.onnx", "Relu", [1, 4])
+    code, document = bench(data_dir, path, *QUICK, *ORT)
     (item,) = document["configurations"]
     assert (code, len(item["points"])) == (0, 2)
     assert "3 rows left out: the model's batch is fixed" in item["detail"]
@@ -150,7 +174,7 @@ def test_crash_at_load_costs_its_row_only(
     wild_data_dir: Path, wild: dict[str, str], tmp_path: Path
 ) -> None:
     model = copy_digits(tmp_path / "abort.onnx")
-    options = ("--runtime", "ort", "--runtime", "wild")
+    options = (*ORT, "--runtime", "wild")
     code, document = bench(wild_data_dir, model, *QUICK, *options, env=wild)
     found = {item["runtime"]: item for item in document["configurations"]}
     assert code == 1
@@ -163,7 +187,7 @@ def test_crash_at_load_costs_its_row_only(
 def test_file_that_is_no_model_has_a_row_with_the_reason(data_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes((DIGITS / "digits.onnx").read_bytes()[:5000])
-    code, document = bench(data_dir, path, *QUICK, "--runtime", "ort")
+    code, document = bench(data_dir, path, *QUICK, *ORT)
     (item,) = document["configurations"]
     assert (code, item["status"]) == (1, "failed")
     assert "model_load_failed" in item["detail"]
@@ -197,7 +221,7 @@ def test_stress_counts_failures_and_fails(
 
 
 def test_stress_without_failures_succeeds(data_dir: Path) -> None:
-    options = ("--artifact", "digits.onnx", "--runtime", "ort", "--concurrency", "2")
+    options = ("--artifact", "digits.onnx", *ORT, "--concurrency", "2")
     code, document = bench(data_dir, DIGITS, *options, "--stress", "0.5")
     stress = document["configurations"][0]["stress"]
     assert code == 0
@@ -224,7 +248,9 @@ def test_mistake_is_told_before_the_work(
     assert (found, document["error"]["code"]) == (code, error)
 
 
-@pytest.mark.parametrize("option", [("--concurrency", "1,x"), ("--batch", "0"), ("--shape", "3,4")])
+@pytest.mark.parametrize(
+    "option", [("--concurrency", "1,x"), ("--batch", "0"), ("--shape", "3,4"), ("--shape", "x=3,a")]
+)
 def test_option_of_another_form_is_a_usage_error(data_dir: Path, option: tuple[str, str]) -> None:
     done = run_edgeward("bench", DIGITS, *option, "--data-dir", data_dir)
     assert done.returncode == 2, done.stderr
@@ -245,7 +271,8 @@ def test_end_of_the_command_leaves_no_child_behind(
 ) -> None:
     # A folder that is up to date, so that no runtime is being proven at that moment.
     run_edgeward("bench", "nosuch", "--data-dir", data_dir)
-    command = [PROGRAM, "bench", str(DIGITS), "--seconds", "600", "--data-dir", str(data_dir)]
+    options = ("--seconds", "600", *ORT, "--data-dir", str(data_dir))
+    command = [PROGRAM, "bench", str(DIGITS), *options]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=clean_environment())
     try:

@@ -32,6 +32,11 @@ def test_free_axes_get_the_given_lengths_and_fixed_ones_stay() -> None:
         make_random_inputs(specs, 2, shapes={"x": (4, 8, 9)})
 
 
+def test_shape_of_no_input_is_refused() -> None:
+    with pytest.raises(TensorError, match="no input y"):
+        make_random_inputs((TensorSpec("x", Datatype.FP32, (-1,)),), 1, shapes={"y": (3,)})
+
+
 def test_fixed_batch_is_kept() -> None:
     specs = (TensorSpec("x", Datatype.FP32, (1, 3)),)
     assert make_random_inputs(specs, 5)["x"].shape == (1, 3)

@@ -29,6 +29,16 @@ def test_sqnr_is_the_ratio_of_powers_in_decibels() -> None:
     assert compute_sqnr_db(np.array([2.0]), np.array([-2.0])) == pytest.approx(-6.0206, abs=1e-4)
 
 
+def test_sqnr_is_that_of_onnx_runtime_s_own_tool() -> None:
+    from onnxruntime.quantization import qdq_loss_debug
+
+    rng = np.random.default_rng(3)
+    reference = rng.standard_normal((7, 11))
+    candidate = reference + 0.03 * rng.standard_normal((7, 11))
+    theirs = qdq_loss_debug.compute_signal_to_quantization_noice_ratio(reference, candidate)
+    assert compute_sqnr_db(reference, candidate) == pytest.approx(float(theirs))
+
+
 def test_sqnr_has_an_answer_at_its_edges() -> None:
     zero, one = np.array([0.0]), np.array([1.0])
     assert compute_sqnr_db(one, one) == math.inf
@@ -96,7 +106,12 @@ def test_texts_are_equal_or_not() -> None:
     left = np.array(["cat", "dog", "cow", "hen"], object)
     right = np.array(["cat", "dog", "cow", "fox"], object)
     assert compare_output("label", left, right).top_1 == 0.75
-    assert compare_output("label", left, left).is_identical
+    same = compare_output("label", left, left)
+    assert same.is_identical
+    assert judge_likeness([same]) is Likeness.IDENTICAL
+    # Texts have no distance that could drag a verdict down.
+    most = compare_output("label", np.repeat(left, 25), np.repeat(left, 25))
+    assert find_worst([most, make_parity(0.97, 12.0)]) == (0.97, 12.0)
     with pytest.raises(TensorError, match="texts"):
         compare_output("label", left, np.zeros(4))
 
