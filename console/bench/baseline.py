@@ -2,7 +2,8 @@
 
 Pure: two reports in, findings out. A point has regressed where its p95 is higher, or its
 throughput lower, by more than 10 % and by more than three standard deviations of the noise
-that the rounds themselves showed (the noisier report counts).
+that the rounds themselves showed (the noisier report counts). What regressed is for the caller to
+measure again, and for `confirm` to keep or to drop.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ class Change:
     """A share: 0.25 stands for a quarter more time, or a quarter fewer rows."""
     allowed: float
     """What the noise and the tolerance allowed."""
+
+    @property
+    def key(self) -> tuple[str, str, int, int, str]:
+        """Return which figure it is."""
+        return self.artifact, self.runtime, self.concurrency, self.batch, self.figure
 
     def __str__(self) -> str:
         """Word it for a person."""
@@ -97,6 +103,20 @@ def judge(before: Report, now: Report) -> Judgement:
     if not compared:
         notes.append("no point of the baseline was measured again: nothing was compared")
     return Judgement(compared, tuple(changes), tuple(broken), tuple(notes))
+
+
+def confirm(first: Judgement, again: Judgement) -> Judgement:
+    """Return what a second measurement leaves of a judgement: what regressed both times.
+
+    The rounds of one measurement are seconds apart, so a busy minute may hit all of them, and
+    three values are a rough estimate of the noise; a model that is slower stays slower.
+    """
+    lasting = {change.key for change in first.regressions}
+    kept = tuple(change for change in again.regressions if change.key in lasting)
+    gone = len(first.regressions) - len(kept)
+    note = (f"{gone} figures were worse at first and not when measured again",) if gone else ()
+    broken = tuple(dict.fromkeys((*first.broken, *again.broken)))
+    return Judgement(first.compared, kept, broken, (*first.notes, *note))
 
 
 def _find_notes(old: Configuration, new: Configuration) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from console.bench.baseline import find_mismatches, judge
+from console.bench.baseline import Judgement, confirm, find_mismatches, judge
 from console.bench.campaign import plan_loads
 from console.bench.report import (
     Box,
@@ -125,6 +125,24 @@ def test_regression_is_worded_with_both_figures() -> None:
     (change,) = judge(old, new).regressions
     expected = "a.onnx · ort, 8 × 1: p95 1.00 → 2.00 ms, 100% worse (10% allowed)"
     assert str(change) == expected
+
+
+def test_what_is_slower_once_only_is_noted_and_no_regression() -> None:
+    rate, slow, good = spread(100, 100, 100), spread(2, 2, 2), spread(1, 1, 1)
+
+    def judge_points(first: Spread, second: Spread) -> Judgement:
+        points = make_point(good, rate), make_point(good, rate, 2)
+        now = make_point(first, rate), make_point(second, rate, 2)
+        return judge(
+            make_report(make_configuration(*points)), make_report(make_configuration(*now))
+        )
+
+    first = judge_points(slow, slow)
+    kept = confirm(first, judge_points(good, slow))
+    assert [change.concurrency for change in kept.regressions] == [2]
+    assert kept.notes == ("1 figures were worse at first and not when measured again",)
+    # What was good at first is not made worse by a second look.
+    assert not confirm(judge_points(good, good), judge_points(slow, slow)).is_worse
 
 
 def test_what_ran_and_fails_now_is_worse() -> None:
