@@ -114,9 +114,10 @@ def confirm(first: Judgement, again: Judgement) -> Judgement:
     lasting = {change.key for change in first.regressions}
     kept = tuple(change for change in again.regressions if change.key in lasting)
     gone = len(first.regressions) - len(kept)
-    note = (f"{gone} figures were worse at first and not when measured again",) if gone else ()
+    note = f"measured again, {gone} of the figures that looked worse are within the noise"
+    notes = (*first.notes, note) if gone else first.notes
     broken = tuple(dict.fromkeys((*first.broken, *again.broken)))
-    return Judgement(first.compared, kept, broken, (*first.notes, *note))
+    return Judgement(first.compared, kept, broken, notes)
 
 
 def _find_notes(old: Configuration, new: Configuration) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`edgeward bench` and `edgeward compare`: how fast models are on this box, and how alike."""
+"""`edgeward bench`: how fast a model is on this box."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from console.bench.baseline import Judgement
     from console.bench.campaign import Plan
-    from console.bench.comparison import Comparison, Side
-    from console.bench.feed import Feed
     from console.bench.report import Report
     from console.bench.target import Target
     from platforms.spec import PlatformSpec
@@ -37,9 +35,8 @@ class _Panel(StrEnum):
 
 
 def register(parent: typer.Typer) -> None:
-    """Add the commands to `parent`."""
+    """Add the command to `parent`."""
     command(parent, "bench")(bench_model)
-    command(parent, "compare")(compare_two)
 
 
 def _parse_numbers(text: str) -> tuple[int, ...]:
@@ -57,7 +54,7 @@ def _parse_numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def _parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
+def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `x=3,224,224` by input name.
 
     Raises:
@@ -171,7 +168,7 @@ def bench_model(
     with call.out.spinner("looking at this box"):
         spec = look_at_box(call.settings)
     loads = (concurrency, batch)
-    wish = _Wish(loads, seconds, rounds, threads, _parse_shapes(shape), stress)
+    wish = _Wish(loads, seconds, rounds, threads, parse_shapes(shape), stress)
 
     def measure(artifacts: list[str], runtimes: list[str]) -> "Report":
         return _measure(call, target, spec, (artifacts, runtimes), wish)
@@ -259,12 +256,12 @@ def _measure(
         plan = wish.make_plan(spec, inputs)
         running = sum(item.verdict is not Verdict.RULED_OUT for item in candidates)
         with call.out.progress("steps") as progress:
-            advance = _make_advance(progress, running * plan.steps)
+            advance = make_advance(progress, running * plan.steps)
             found = Campaign(target, candidates, plan, advance).run()
     return _build_report(target, spec, plan, wish, source, found)
 
 
-def _make_advance(progress: "Progress | None", total: int) -> Any:
+def make_advance(progress: "Progress | None", total: int) -> Any:
     """Return what moves the bar: it is called before each step."""
     if progress is None:
         return lambda _: None
@@ -457,141 +454,3 @@ def _write_files(
         baseline.parent.mkdir(parents=True, exist_ok=True)
         baseline.write_text(found.to_text(), encoding="utf-8")
         call.out.note(f"baseline: {baseline}")
-
-
-def compare_two(
-    call: Invocation,
-    a: Annotated[
-        str,
-        typer.Argument(
-            metavar="A", help="The reference: NAME@VERSION, NAME@VERSION:FILE, or a path."
-        ),
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it; the same forms.")],
-    inputs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|golden", help="Else the golden set, where there is one, or chance."
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Of inputs, at most.")] = 100,
-    top_k: Annotated[int, typer.Option(min=2, help="For classifiers.")] = 5,
-    threads: ThreadsOption = None,
-    shape: ShapeOption = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Fail below this top-1 agreement.")
-    ] = None,
-    min_sqnr: Annotated[
-        float | None, typer.Option(metavar="DB", help="Fail below this SQNR.")
-    ] = None,
-) -> None:
-    """Say how alike two models answer on the same inputs, and how fast each is."""
-    from console.bench.comparison import compare_models
-    from console.bench.feed import choose_feed
-    from console.bench.target import find_side, look_at_box
-    from worker.engine.threads import compute_threads
-
-    found = [find_side(call.settings, text) for text in (a, b)]
-    with call.out.spinner("looking at this box"):
-        spec = look_at_box(call.settings)
-    sides = (_choose_side(*found[0], spec), _choose_side(*found[1], spec))
-    feed = choose_feed([target for target, _ in found], inputs, count)
-    if feed.warning:
-        call.out.note(f"note: {feed.warning}")
-    with call.out.progress("inputs") as progress:
-        result = compare_models(
-            sides,
-            feed,
-            threads or compute_threads(spec.cores, 1),
-            k=top_k,
-            shapes=_parse_shapes(shape),
-            advance=_make_advance(progress, feed.count),
-        )
-    faults = result.find_faults(min_agreement, min_sqnr)
-    call.out.show(
-        _to_document(result, feed, faults), lambda: _render_comparison(result, feed, faults)
-    )
-    end_with(Exit.ERROR if faults else Exit.OK)
-
-
-def _choose_side(target: "Target", artifact: str | None, spec: "PlatformSpec") -> "Side":
-    """Return the artifact that was named, or the one that the worker would run.
-
-    Raises:
-        NoArtifactError: it cannot run on this box.
-    """
-    from console.bench.comparison import Side
-    from platforms.runtimes.registry import RUNTIME_FORMATS
-    from platforms.selection import select_artifact
-
-    kept = [item for item in target.artifacts if artifact in (None, item.file)]
-    return Side(target, select_artifact(kept, spec, RUNTIME_FORMATS).get_chosen())
-
-
-def _to_document(result: "Comparison", feed: "Feed", faults: list[str]) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "schema": "edgeward.compare/v1",
-        "likeness": result.likeness.value,
-        "passed": not faults,
-        "faults": faults,
-        "inputs": {"count": result.inputs, "from": feed.description, "warning": feed.warning},
-        "a": asdict(result.sides[0]),
-        "b": asdict(result.sides[1]),
-        "latency_ratio": result.latency_ratio,
-        "outputs": [item.to_json() for item in result.outputs],
-        "notes": list(result.notes),
-    }
-
-
-def _render_comparison(result: "Comparison", feed: "Feed", faults: list[str]) -> Any:
-    from rich.console import Group
-    from rich.text import Text
-
-    from console.bench.report import format_figure
-
-    outputs = [
-        (
-            item.name,
-            item.rows,
-            "–" if item.top_1 is None else f"{item.top_1:.4f}",
-            "–" if item.top_k is None else f"{item.top_k:.4f} (k = {item.k})",
-            *(
-                "–" if value is None else form.format(value)
-                for form, value in (
-                    ("{:.1f}", item.sqnr_db),
-                    ("{:.3g}", item.max_abs),
-                    ("{:.3g}", item.mean_abs),
-                    ("{:.6f}", item.cosine),
-                )
-            ),
-        )
-        for item in result.outputs
-    ]
-    sides = [
-        (
-            name,
-            side.label,
-            side.runtime,
-            format_figure(side.size_bytes / 1e6),
-            format_figure(side.p50_ms),
-            format_figure(side.p95_ms),
-            format_figure(side.rss_mb),
-        )
-        for name, side in zip("AB", result.sides, strict=True)
-    ]
-    speed = result.latency_ratio
-    pace = f"{1 / speed:.2f} times as fast" if speed < 1 else f"{speed:.2f} times as slow"
-    colour = "red" if faults else "green"
-    verdict = Text(f"B is {result.likeness} on {feed.description}, and {pace}.", style=colour)
-    columns = ("Output", "Rows", "Top-1", "Top-k", "SQNR, dB", "Max-abs", "Mean-abs", "Cosine")
-    return Group(
-        build_table(("", "Model", "Runtime", "File, MB", "p50, ms", "p95, ms", "RSS, MB"), sides),
-        Text(),
-        build_table(columns, outputs),
-        *(Text(f"– {note}", style="yellow") for note in result.notes),
-        Text(),
-        verdict,
-        *(Text(f"✗ {fault}", style="red") for fault in faults),
-    )
