@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from console.commands import box, console, diag, explain, jobs, models, services, submit
+from console.commands import (
+    bench,
+    box,
+    compare,
+    console,
+    diag,
+    explain,
+    jobs,
+    models,
+    services,
+    submit,
+)
 from console.invocation import (
     CommonOptions,
     ConfigOption,
@@ -25,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, box, submit, explain, diag):
+for group in (services, box, submit, explain, diag, bench, compare):
     group.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")

@@ -9,6 +9,9 @@ ConsoleError
 ├── WaitTimedOutError     what was waited for did not come in time
 ├── ConsoleStoreError     the file of `edgeward console` cannot be used
 ├── AlreadyListeningError another `edgeward console listen` uses the file
+├── MeasuringError        a model could not be run to be measured
+├── BaselineMismatchError a baseline is of another box, another model or other conditions
+├── PlotMissingError      the plotting library is not installed
 ├── DemoStepError         a step of the demo did not show what it should
 └── InputFileError        a file named on the command line cannot be used as an input
     └── InlineTooLargeError   it is too large to travel inside a command
@@ -73,6 +76,24 @@ class AlreadyListeningError(ConsoleError):
     """Another `edgeward console listen` uses the same file."""
 
     code = "already_listening"
+
+
+class MeasuringError(ConsoleError):
+    """A model could not be run to be measured: it was refused, or its process died or hung."""
+
+    code = "measuring_failed"
+
+
+class BaselineMismatchError(ConsoleError):
+    """A baseline is of another box, another model, or was measured under other conditions."""
+
+    code = "baseline_mismatch"
+
+
+class PlotMissingError(ConsoleError):
+    """The plotting library is not installed."""
+
+    code = "plot_missing"
 
 
 class DemoStepError(ConsoleError):

@@ -31,6 +31,7 @@ from console.errors import (
     AgentDownError,
     AlreadyListeningError,
     AlreadyUpError,
+    BaselineMismatchError,
     BrokerMissingError,
     ConsoleError,
     JobNotFoundError,
@@ -60,6 +61,7 @@ EXPECTED_ERRORS = (AgentError, ConsoleError, PlatformError, WorkerError)
 EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
     {
         ConfigError: Exit.USAGE,
+        BaselineMismatchError: Exit.USAGE,
         ModelNotFoundError: Exit.NOT_FOUND,
         VersionNotFoundError: Exit.NOT_FOUND,
         InputNotFoundError: Exit.NOT_FOUND,

@@ -14,6 +14,7 @@ from console.errors import (
     AgentDownError,
     AlreadyListeningError,
     AlreadyUpError,
+    BaselineMismatchError,
     BrokerMissingError,
     ChildStartError,
     ConsoleError,
@@ -22,6 +23,8 @@ from console.errors import (
     InlineTooLargeError,
     InputFileError,
     JobNotFoundError,
+    MeasuringError,
+    PlotMissingError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
@@ -31,6 +34,7 @@ from worker.errors import BadImageError, WorkerError
 # Typed out: scripts rely on these numbers.
 EXPECTED: dict[type[Exception], int] = {
     ConfigError: 2,
+    BaselineMismatchError: 2,
     ModelNotFoundError: 3,
     VersionNotFoundError: 3,
     InputNotFoundError: 3,
@@ -54,6 +58,8 @@ EXPECTED: dict[type[Exception], int] = {
     InlineTooLargeError: 1,
     ChildStartError: 1,
     DemoStepError: 1,
+    MeasuringError: 1,
+    PlotMissingError: 1,
 }
 
 
