@@ -27,6 +27,7 @@ from agent.platformfile import load_platform
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import INFER_TASK, celery_settings, lane_queue
 from worker.crashes import report_predecessors
+from worker.engine.configured import configure
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
 from worker.heartbeat import EXIT_HUNG, Heartbeat
@@ -68,7 +69,8 @@ class Worker:
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(load_platform(self._settings.data_dir), self._concurrency)
+        spec = load_platform(self._settings.data_dir)
+        return Engine(spec, self._concurrency, configure=configure)
 
     @cached_property
     def _concurrency(self) -> int:
