@@ -18,6 +18,7 @@ class ArtifactFormat(StrEnum):
     TORCH_EXPORT = "pt2"
     COREML = "coreml"
     SAVED_MODEL = "saved_model"
+    V2 = "v2"
 
 
 class Precision(StrEnum):

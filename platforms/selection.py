@@ -22,7 +22,6 @@ _EXTRAS = {
     "litert": "litert",
     "openvino": "openvino",
     "torchscript": "torch",
-    "coreml": "convert",
 }
 """The extra of our distribution that installs each runtime of ours."""
 

@@ -10,9 +10,10 @@ nothing but `PlatformError`s for anything that is wrong with its inputs.
 """
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar
@@ -24,6 +25,9 @@ from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
 from platforms.errors import ModelLoadError, RunStoppedError, RuntimeMissingError, TensorError
 
 Array = NDArray[Any]
+
+CPU_PROVIDER = "CPUExecutionProvider"
+"""The CPU by onnxruntime's name, which every adapter understands."""
 
 PROOF_FOLDER = Path(__file__).parent / "data"
 PROOF_ANSWER_FILE = PROOF_FOLDER / "proof.json"
@@ -60,14 +64,39 @@ class LoadOptions:
     """Threads inside one operator, 1 or more."""
     spinning: bool = False
     """Busy-wait between operators: 74–80 % CPU at 20 requests/s, for bulk work only."""
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    """Execution providers in order of preference, by the runtime's own names."""
+    providers: tuple[str, ...] = (CPU_PROVIDER,)
+    """Execution providers in order of preference, by the runtime's own names.
+
+    `CPUExecutionProvider` means the CPU to every runtime.
+    """
+    instances: int = 1
+    """Runs that may go on at once, for runtimes whose loaded model serves one at a time (LiteRT,
+    OpenVINO): more runs wait for one of them. onnxruntime and torch need none of it."""
+    is_reduced_precision_allowed: bool = False
+    """Let the runtime compute in less than the file's precision (OpenVINO: bf16, fp16)."""
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """onnxruntime: provider → its own options, such as `device_id`."""
+    delegates: tuple[str, ...] = ()
+    """LiteRT: paths of external delegates' libraries."""
+    cache_folder: Path | None = None
+    """Where the runtime may keep what it compiled; none: nothing is kept."""
 
     def __post_init__(self) -> None:
-        """Refuse a thread count that a runtime would take for "as many as you like"."""
+        """Refuse counts that a runtime would take for "as many as you like"."""
         if self.threads < 1:
             msg = f"a session needs 1 thread or more, not {self.threads}"
             raise ValueError(msg)
+        if self.instances < 1:
+            msg = f"a session needs 1 instance or more, not {self.instances}"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a manifest says a model takes and gives, in the model's own order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 class RunStop:
@@ -103,6 +132,8 @@ class Session(ABC):
         provider: str,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        assignment: Mapping[str, int] = MappingProxyType({}),
+        findings: tuple[str, ...] = (),
     ) -> None:
         """Keep what the runtime reports about the model it loaded."""
         self.runtime = runtime
@@ -110,6 +141,10 @@ class Session(ABC):
         """The execution provider that really runs the model, whatever was asked for."""
         self.inputs = inputs
         self.outputs = outputs
+        self.assignment = assignment
+        """Execution provider → graph nodes it runs; empty where the runtime does not tell."""
+        self.findings = findings
+        """What an operator should know, such as a provider that was asked for and does not run."""
         self._expected = {spec.name: (spec, DTYPES[spec.datatype]) for spec in inputs}
 
     def run(
@@ -222,8 +257,14 @@ class Runtime(ABC):
             RuntimeMissingError: the library is not installed or cannot be imported.
         """
 
-    def load(self, path: Path, options: LoadOptions) -> Session:
+    is_proof_needed: ClassVar[bool] = True
+    """False for a runtime that runs nothing on this box."""
+
+    def load(self, path: Path, options: LoadOptions, declared: Declared | None = None) -> Session:
         """Open a model file; blocks while the runtime reads and prepares it.
+
+        `declared` is needed by formats that do not describe their tensors (TorchScript), and
+        lets a runtime present a quantized tensor as the float that the manifest says it is.
 
         Raises:
             RuntimeMissingError: the library is not installed or cannot be imported.
@@ -232,6 +273,12 @@ class Runtime(ABC):
         if not path.exists():
             msg = f"there is no model file {path}"
             raise ModelLoadError(msg)
+        return self._load_declared(path, options, declared)
+
+    def _load_declared(
+        self, path: Path, options: LoadOptions, declared: Declared | None
+    ) -> Session:
+        """Open a file that exists; for runtimes that use the declaration to override."""
         return self._load(path, options)
 
     @abstractmethod
@@ -273,3 +320,16 @@ class Runtime(ABC):
                 f"reinstall it with pip install --force-reinstall 'edgeward[{self.extra}]'"
             )
             raise RuntimeMissingError(msg) from exc
+
+
+def read_proof_declaration() -> Declared:
+    """Return what every proof model takes and gives: FP32, the batch free."""
+    answer = json.loads(PROOF_ANSWER_FILE.read_text(encoding="utf-8"))
+
+    def describe(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name, Datatype.FP32, (-1, *np.shape(value)[1:]))
+            for name, value in tensors.items()
+        )
+
+    return Declared(describe(answer["inputs"]), describe(answer["outputs"]))

@@ -47,13 +47,16 @@ _log = logging.getLogger(__name__)
 class OrtSession(Session):
     """An `InferenceSession`; `run` releases the interpreter's lock while it computes."""
 
-    def __init__(self, library: Any, session: Any) -> None:
+    def __init__(self, library: Any, session: Any, wanted: tuple[str, ...]) -> None:
         """Take over a session that the library opened."""
+        assignment = _read_assignment(session)
         super().__init__(
             runtime=OrtRuntime.name,
-            provider=session.get_providers()[0],
+            provider=_find_provider(session, assignment),
             inputs=tuple(_to_spec(node) for node in session.get_inputs()),
             outputs=tuple(_to_spec(node) for node in session.get_outputs()),
+            assignment=assignment,
+            findings=_find_fallbacks(wanted, tuple(session.get_providers()), assignment),
         )
         self._session = session
         self._new_options = library.RunOptions
@@ -120,25 +123,37 @@ class OrtRuntime(Runtime):
         """Return the execution providers compiled in, in onnxruntime's order."""
         return tuple(self.import_library(_LIBRARY).get_available_providers())
 
+    def register_plugin(self, name: str, path: Path) -> tuple[str, ...]:
+        """Register a plug-in execution provider's library with onnxruntime, for this process.
+
+        Returns the providers of all devices known from then on; a session gets one of them
+        by its name in `LoadOptions.providers`.
+
+        Raises:
+            RuntimeMissingError: onnxruntime is not installed.
+            ModelLoadError: the library cannot be loaded, or is registered already.
+        """
+        library = self.import_library(_LIBRARY)
+        try:
+            library.register_execution_provider_library(name, str(path))
+        except _collect_errors(library) as exc:
+            msg = f"onnxruntime cannot load the provider {name} from {path}: {exc}"
+            raise ModelLoadError(msg) from exc
+        return tuple(dict.fromkeys(device.ep_name for device in library.get_ep_devices()))
+
     def _load(self, path: Path, options: LoadOptions) -> Session:
         library = self.import_library(_LIBRARY)
         _verify_external_data(path)
-        available = library.get_available_providers()
-        wanted = [name for name in options.providers if name in available]
-        if not wanted:
-            msg = f"none of {', '.join(options.providers)} is in this onnxruntime ({available})"
-            raise ModelLoadError(msg)
+        built = _build_options(library, options)
+        chosen = _choose_providers(library, options, built)
         try:
-            session = OrtSession(
-                library,
-                library.InferenceSession(
-                    str(path), _build_options(library, options), providers=wanted
-                ),
-            )
+            opened = library.InferenceSession(str(path), built, **chosen)
+            session = OrtSession(library, opened, options.providers)
         except _collect_errors(library) as exc:
             msg = f"onnxruntime refuses {path.name}: {exc}"
             raise ModelLoadError(msg) from exc
-        _report_fallback(path, options, session)
+        for finding in session.findings:
+            _log.warning("%s: %s", path.name, finding)
         return session
 
 
@@ -152,15 +167,65 @@ def _build_options(library: Any, options: LoadOptions) -> Any:
     built.add_session_config_entry("session.inter_op.allow_spinning", spinning)
     # Without it a file in the ORT format would pass for ONNX and escape our own check.
     built.add_session_config_entry("session.load_model_format", "ONNX")
+    built.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return built
 
 
-def _report_fallback(path: Path, options: LoadOptions, session: Session) -> None:
-    """Say it when another provider runs the model: onnxruntime retries on CPU silently."""
-    if session.provider != options.providers[0]:
-        _log.warning(
-            "%s: asked for %s, running on %s", path.name, options.providers[0], session.provider
-        )
+def _choose_providers(library: Any, options: LoadOptions, built: Any) -> dict[str, Any]:
+    """Return the arguments that say where to run; a plug-in's devices go into `built`.
+
+    Raises:
+        ModelLoadError: none of the wanted providers is there.
+    """
+    available = library.get_available_providers()
+    devices = _find_plugin_devices(library, options.providers)
+    if devices:
+        own = dict(options.provider_options.get(devices[0].ep_name, {}))
+        built.add_provider_for_devices(devices, own)
+        return {}
+    usable = [name for name in options.providers if name in available]
+    if not usable:
+        msg = f"none of {', '.join(options.providers)} is in this onnxruntime ({available})"
+        raise ModelLoadError(msg)
+    given = [dict(options.provider_options.get(name, {})) for name in usable]
+    return {"providers": usable, "provider_options": given}
+
+
+def _find_plugin_devices(library: Any, wanted: tuple[str, ...]) -> list[Any]:
+    """Return the devices of the first wanted provider, where it is a registered plug-in."""
+    if wanted[0] in library.get_available_providers() or not hasattr(library, "get_ep_devices"):
+        return []
+    return [device for device in library.get_ep_devices() if device.ep_name == wanted[0]]
+
+
+def _read_assignment(session: Any) -> dict[str, int]:
+    """Return provider → nodes of the optimized graph it was given; older releases tell nothing."""
+    read = getattr(session, "get_provider_graph_assignment_info", None)
+    counts: dict[str, int] = {}
+    for part in read() if read else ():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts
+
+
+def _find_provider(session: Any, assignment: Mapping[str, int]) -> str:
+    """Return the first provider that was given any node, by onnxruntime's order."""
+    active = session.get_providers()
+    return str(next((name for name in active if assignment.get(name)), active[0]))
+
+
+def _find_fallbacks(
+    wanted: tuple[str, ...], active: tuple[str, ...], assignment: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Say where another provider runs than the one asked for: onnxruntime does so silently."""
+    first = wanted[0]
+    if first not in active:
+        return (f"asked for {first}, running on {active[0]}: {first} could not be used",)
+    elsewhere = {name: count for name, count in assignment.items() if name != first and count}
+    if not elsewhere:
+        return ()
+    total = sum(assignment.values())
+    parts = ", ".join(f"{count} on {name}" for name, count in elsewhere.items())
+    return (f"asked for {first}: of {total} nodes, {parts}",)
 
 
 def _collect_errors(library: Any) -> tuple[type[Exception], ...]:

@@ -102,7 +102,8 @@ def _run_child(name: str) -> dict[str, Any]:
         runtime = get_runtime(name)
         report["version"] = runtime.version()
         report["providers"] = list(runtime.providers())
-        report["detail"] = _compare_with_answer(runtime)
+        if runtime.is_proof_needed:
+            report["detail"] = _compare_with_answer(runtime)
     except RuntimeMissingError as exc:
         missing = isinstance(exc.__cause__, ModuleNotFoundError)
         return {**report, "status": "missing" if missing else "broken", "detail": str(exc)}
@@ -116,10 +117,12 @@ def _compare_with_answer(runtime: "Runtime") -> str:
     # Imported here: whoever only asks for findings stays free of NumPy.
     import numpy as np
 
-    from platforms.runtimes.base import PROOF_ANSWER_FILE, LoadOptions
+    from platforms.runtimes.base import PROOF_ANSWER_FILE, LoadOptions, read_proof_declaration
 
     answer = json.loads(PROOF_ANSWER_FILE.read_text(encoding="utf-8"))
-    session = runtime.load(runtime.get_proof_model(), LoadOptions(threads=1))
+    session = runtime.load(
+        runtime.get_proof_model(), LoadOptions(threads=1), read_proof_declaration()
+    )
     inputs = {k: np.asarray(v, dtype=np.float32) for k, v in answer["inputs"].items()}
     found = session.run(inputs)
     for name, right in answer["outputs"].items():

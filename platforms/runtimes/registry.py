@@ -55,7 +55,45 @@ BUILT_IN: tuple[RuntimeEntry, ...] = (
         formats=frozenset({ArtifactFormat.ONNX}),
         extra="onnx",
     ),
+    RuntimeEntry(
+        name="litert",
+        target="platforms.runtimes.litert:LitertRuntime",
+        formats=frozenset({ArtifactFormat.TFLITE}),
+        extra="litert",
+    ),
+    RuntimeEntry(
+        name="openvino",
+        target="platforms.runtimes.vino:OpenvinoRuntime",
+        formats=frozenset(
+            {
+                ArtifactFormat.OPENVINO,
+                ArtifactFormat.ONNX,
+                ArtifactFormat.TFLITE,
+                ArtifactFormat.SAVED_MODEL,
+            }
+        ),
+        extra="openvino",
+    ),
+    RuntimeEntry(
+        name="torchscript",
+        target="platforms.runtimes.torchscript:TorchRuntime",
+        formats=frozenset({ArtifactFormat.TORCHSCRIPT, ArtifactFormat.TORCH_EXPORT}),
+        extra="torch",
+    ),
+    RuntimeEntry(
+        name="coreml",
+        target="platforms.runtimes.coreml:CoremlRuntime",
+        formats=frozenset({ArtifactFormat.COREML}),
+        extra="convert",
+    ),
+    RuntimeEntry(
+        name="v2",
+        target="platforms.runtimes.v2:V2Runtime",
+        formats=frozenset({ArtifactFormat.V2}),
+        extra="",
+    ),
 )
+"""In order of preference, where two read the same format and nothing has been measured."""
 
 
 def read_registry() -> Registry:

@@ -11,30 +11,72 @@ import numpy as np
 import pytest
 
 from platforms.artifact import Datatype
-from platforms.errors import InferenceError, ModelLoadError, RuntimeMissingError, TensorError
+from platforms.errors import (
+    InferenceError,
+    ModelLoadError,
+    RunStoppedError,
+    RuntimeMissingError,
+    TensorError,
+)
 from platforms.runtimes.base import (
     PROOF_ANSWER_FILE,
+    PROOF_FOLDER,
     Array,
     LoadOptions,
+    RunStop,
     Runtime,
     Session,
+    read_proof_declaration,
 )
-from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime, read_registry
+from platforms.runtimes.registry import BUILT_IN, RUNTIME_FORMATS, get_runtime, read_registry
 
-LIBRARIES = {"ort": "onnxruntime"}
-"""What each adapter imports; taken away to see what it says."""
+LIBRARIES = {
+    "ort": ("onnxruntime",),
+    "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
+    "openvino": ("openvino",),
+    "torchscript": ("torch",),
+}
+"""What each adapter imports; taken away to see what it says. Core ML: only on macOS."""
+
+PROOFS = (
+    ("ort", "proof.onnx"),
+    ("litert", "proof.tflite"),
+    ("openvino", "proof.onnx"),
+    ("openvino", "proof.tflite"),
+    ("openvino", "proof.xml"),
+    ("torchscript", "proof.torchscript"),
+    ("torchscript", "proof.pt2"),
+)
+"""Runtime and file: the whole suite runs on each. `v2` has a server, see test_runtime_v2.py."""
 
 ONE_THREAD = LoadOptions(threads=1)
+DECLARED = read_proof_declaration()
 
 
-@pytest.fixture(params=sorted(read_registry().entries))
-def runtime(request: pytest.FixtureRequest) -> Runtime:
-    return get_runtime(request.param)
+def test_every_built_in_runtime_is_in_this_suite_or_has_its_own() -> None:
+    elsewhere = {"coreml", "v2"}
+    assert {name for name, _ in PROOFS} | elsewhere == {entry.name for entry in BUILT_IN}
+
+
+@pytest.fixture(params=PROOFS, ids=lambda proof: f"{proof[0]}-{proof[1]}")
+def proof(request: pytest.FixtureRequest) -> tuple[str, str]:
+    found: tuple[str, str] = request.param
+    return found
 
 
 @pytest.fixture
-def session(runtime: Runtime) -> Iterator[Session]:
-    opened = runtime.load(runtime.get_proof_model(), ONE_THREAD)
+def runtime(proof: tuple[str, str]) -> Runtime:
+    return get_runtime(proof[0])
+
+
+@pytest.fixture
+def model(proof: tuple[str, str]) -> Path:
+    return PROOF_FOLDER / proof[1]
+
+
+@pytest.fixture
+def session(runtime: Runtime, model: Path) -> Iterator[Session]:
+    opened = runtime.load(model, ONE_THREAD, DECLARED)
     yield opened
     opened.close()
 
@@ -50,7 +92,9 @@ def x(answer: dict[str, Any]) -> Array:
     return np.asarray(answer["inputs"]["x"], dtype=np.float32)
 
 
-def test_adapter_and_registry_entry_say_the_same(runtime: Runtime) -> None:
+@pytest.mark.parametrize("name", [entry.name for entry in BUILT_IN])
+def test_adapter_and_registry_entry_say_the_same(name: str) -> None:
+    runtime = get_runtime(name)
     entry = read_registry().entries[runtime.name]
     assert (entry.formats, entry.extra) == (runtime.formats, runtime.extra)
     assert RUNTIME_FORMATS[runtime.name] == runtime.formats
@@ -125,8 +169,10 @@ def test_inputs_that_do_not_fit_are_refused(session: Session, x: Array, case: st
     assert session.run({"x": x})["y"].shape == (2, 10)
 
 
-def test_closed_session_refuses_to_run_and_may_be_closed_again(runtime: Runtime, x: Array) -> None:
-    session = runtime.load(runtime.get_proof_model(), ONE_THREAD)
+def test_closed_session_refuses_to_run_and_may_be_closed_again(
+    runtime: Runtime, model: Path, x: Array
+) -> None:
+    session = runtime.load(model, ONE_THREAD, DECLARED)
     session.close()
     session.close()
     with pytest.raises(InferenceError, match="closed"):
@@ -134,19 +180,21 @@ def test_closed_session_refuses_to_run_and_may_be_closed_again(runtime: Runtime,
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 4096, b"\xff" * 4096])
-def test_file_that_is_no_model_is_refused(runtime: Runtime, tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / runtime.get_proof_model().name
+def test_file_that_is_no_model_is_refused(
+    runtime: Runtime, model: Path, tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / model.name
     path.write_bytes(content)
     with pytest.raises(ModelLoadError, match=path.name):
-        runtime.load(path, ONE_THREAD)
+        runtime.load(path, ONE_THREAD, DECLARED)
 
 
-def test_model_cut_short_is_refused(runtime: Runtime, tmp_path: Path) -> None:
-    whole = runtime.get_proof_model().read_bytes()
-    path = tmp_path / runtime.get_proof_model().name
+def test_model_cut_short_is_refused(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    whole = model.read_bytes()
+    path = tmp_path / model.name
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelLoadError):
-        runtime.load(path, ONE_THREAD)
+        runtime.load(path, ONE_THREAD, DECLARED)
 
 
 def test_missing_file_is_refused(runtime: Runtime, tmp_path: Path) -> None:
@@ -157,12 +205,33 @@ def test_missing_file_is_refused(runtime: Runtime, tmp_path: Path) -> None:
 def test_missing_library_is_an_error_that_names_the_extra(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, LIBRARIES[runtime.name], None)
+    for library in LIBRARIES[runtime.name]:
+        monkeypatch.setitem(sys.modules, library, None)
     extra = rf"pip install 'edgeward\[{runtime.extra}\]'"
     with pytest.raises(RuntimeMissingError, match=extra):
         runtime.version()
     with pytest.raises(RuntimeMissingError, match=extra):
         runtime.load(runtime.get_proof_model(), ONE_THREAD)
+
+
+def test_stop_set_before_the_run_ends_it(session: Session, x: Array) -> None:
+    stop = RunStop()
+    stop.set()
+    with pytest.raises(RunStoppedError):
+        session.run({"x": x}, stop)
+    late = RunStop()
+    assert session.run({"x": x}, late)["y"].shape == (2, 10)
+    late.set()
+    assert session.run({"x": x})["y"].shape == (2, 10)
+
+
+def test_several_instances_answer_as_one(runtime: Runtime, model: Path, x: Array) -> None:
+    session = runtime.load(model, LoadOptions(threads=1, instances=3), DECLARED)
+    alone = session.run({"x": x})["y"]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: session.run({"x": x})["y"], range(40)))
+    session.close()
+    assert all(np.abs(one - alone).max() <= 1e-5 for one in found)
 
 
 def test_no_thread_at_all_is_refused() -> None:
