@@ -223,6 +223,21 @@ class WorkerSettings(_Section):
     cancel_grace_s: float = Field(
         default=10.0, ge=0, description="A cancelled run that goes on so long ends its process."
     )
+    memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for loaded models, MB; by default half of the box's, and more where "
+        "it is free.",
+    )
+    preload: tuple[str, ...] = Field(
+        default=(), description="Models that are loaded at start, in the background."
+    )
+    pinned: tuple[str, ...] = Field(default=(), description="Models that are never evicted.")
+    cache_mb: int = Field(
+        default=1024,
+        ge=0,
+        description="Disk for optimized forms of models, MB; 0: none are kept.",
+    )
 
 
 class Settings(BaseSettings):
