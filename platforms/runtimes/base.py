@@ -62,6 +62,9 @@ class LoadOptions:
     """Busy-wait between operators: 74–80 % CPU at 20 requests/s, for bulk work only."""
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     """Execution providers in order of preference, by the runtime's own names."""
+    prepared: Path | None = None
+    """A folder with the form that an equal load prepared of the model, or an empty one to
+    prepare it in. Whoever gives it keys and verifies it; a runtime may ignore it."""
 
     def __post_init__(self) -> None:
         """Refuse a thread count that a runtime would take for "as many as you like"."""

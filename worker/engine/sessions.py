@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Condition, Lock
@@ -26,10 +26,11 @@ import numpy as np
 from agent.manifest import MANIFEST_FILE, Manifest, read_manifest, verify_files
 from platforms.artifact import ArtifactSpec, TensorSpec
 from platforms.errors import ModelLoadError, PlatformError
-from platforms.runtimes.base import DTYPES, Array, LoadOptions, Session
+from platforms.runtimes.base import DTYPES, Array, LoadOptions, Runtime, Session
 from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime
 from platforms.selection import select_artifact
 from platforms.spec import PlatformSpec
+from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.memory import (
     MemoryBudget,
     MemoryRecord,
@@ -298,7 +299,9 @@ def _read_artifact_mb(folder: Path) -> float:
     return max(sizes, default=0) / 10**6
 
 
-def load_model(folder: Path, spec: PlatformSpec, threads: int) -> LoadedModel:
+def load_model(
+    folder: Path, spec: PlatformSpec, threads: int, cache: ArtifactCache | None = None
+) -> LoadedModel:
     """Open the model version in `folder` on this box; reads every byte of its files.
 
     Raises:
@@ -315,9 +318,9 @@ def load_model(folder: Path, spec: PlatformSpec, threads: int) -> LoadedModel:
     if chosen.runtime is None:
         msg = f"{chosen.artifact.file} was chosen without a runtime: {chosen.reason}"
         raise ModelLoadError(msg)
-    session = get_runtime(chosen.runtime).load(
-        folder / chosen.artifact.file, LoadOptions(threads=threads)
-    )
+    path = folder / chosen.artifact.file
+    options = LoadOptions(threads=threads)
+    session = _load_session(get_runtime(chosen.runtime), path, options, cache, (manifest, spec))
     verify_tensors(manifest, session)
     return LoadedModel(
         name=manifest.name,
@@ -332,6 +335,32 @@ def load_model(folder: Path, spec: PlatformSpec, threads: int) -> LoadedModel:
         is_built_in=is_built_in(manifest),
         is_batchable=probe_batching(session),
         load_ms=1000 * (time.perf_counter() - started),
+    )
+
+
+def _load_session(
+    runtime: Runtime,
+    path: Path,
+    options: LoadOptions,
+    cache: ArtifactCache | None,
+    origin: tuple[Manifest, PlatformSpec],
+) -> Session:
+    if cache is None or not path.is_file():
+        return runtime.load(path, options)
+    manifest, spec = origin
+    # Not the threads: the optimized graph does not depend on them.
+    identity = (
+        manifest.model_dump(mode="json"),
+        path.name,
+        runtime.name,
+        runtime.version(),
+        (spec.arch, spec.cpu_model, sorted(spec.cpu_flags)),
+        options.providers,
+    )
+    return cache.load(
+        identity,
+        path.stat().st_size,
+        lambda prepared: runtime.load(path, replace(options, prepared=prepared)),
     )
 
 
