@@ -207,7 +207,7 @@ def test_memory_of_an_unloaded_model_returns_when_its_last_user_lets_go(tmp_path
     assert after < 0.5 * loaded
 
 
-def write_hungry_model(folder: Path) -> Path:
+def write_hungry_model(folder: Path, axis: int | None = 1000) -> Path:
     """Write a model that needs 8 MB or more for each row: an outer product, then its maximum."""
     wide = np.ones((1, 2000), np.float32)
     graph = helper.make_graph(
@@ -217,8 +217,8 @@ def write_hungry_model(folder: Path) -> Path:
             helper.make_node("ReduceMax", ["e", "axes"], ["y"], keepdims=0),
         ],
         "hungry",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1000, 1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1000])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", axis, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", axis])],
         [numpy_helper.from_array(wide, "w"), numpy_helper.from_array(np.array([2]), "axes")],
     )
     return write_version(
@@ -226,8 +226,8 @@ def write_hungry_model(folder: Path) -> Path:
         "hungry",
         graph,
         (
-            TensorEntry(name="x", datatype=Datatype.FP32, shape=(-1, 1000, 1)),
-            TensorEntry(name="y", datatype=Datatype.FP32, shape=(-1, 1000)),
+            TensorEntry(name="x", datatype=Datatype.FP32, shape=(-1, axis or -1, 1)),
+            TensorEntry(name="y", datatype=Datatype.FP32, shape=(-1, axis or -1)),
         ),
     )
 
@@ -264,6 +264,34 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_the_limit_remembered(
     assert 1 <= int(rows) <= 64
     assert rest == "(128, 1000) True"
     assert lines[1] == "(1, 1000)"
+
+
+LONE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import psutil
+from platforms.runtimes.base import LoadOptions
+from platforms.runtimes.registry import get_runtime
+from worker.engine.memory import RowLimit, run_within
+from worker.errors import OutOfMemoryError
+session = get_runtime("ort").load(Path(sys.argv[1]), LoadOptions(threads=1))
+used, limit = psutil.Process().memory_info().vms, RowLimit()
+x = np.zeros((4, 100_000, 1), np.float32)
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 10**6,) * 2)
+try:
+    run_within(session, {"x": x}, limit)
+except OutOfMemoryError as exc:
+    print(exc.code, limit.rows)
+print(session.run({"x": x[:1, :1000]})["y"].shape)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not kept elsewhere")
+def test_a_single_row_that_does_not_fit_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
+    path = write_hungry_model(tmp_path / "hungry" / "1", axis=None)
+
+    assert run_child(LONE, str(path)).splitlines() == ["out_of_memory 1", "(1, 1000)"]
 
 
 def test_a_batch_that_fits_runs_whole_and_leaves_no_limit(tmp_path: Path) -> None:
