@@ -231,6 +231,21 @@ class WorkerSettings(_Section):
     response_cache_ttl_s: float = Field(
         default=0.0, ge=0, description="Age at which a cached answer is given up; 0: none."
     )
+    memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for loaded models, MB; by default half of the box's, and more where "
+        "it is free.",
+    )
+    preload: tuple[str, ...] = Field(
+        default=(), description="Models that are loaded at start, in the background."
+    )
+    pinned: tuple[str, ...] = Field(default=(), description="Models that are never evicted.")
+    cache_mb: int = Field(
+        default=256,
+        ge=0,
+        description="Disk for optimized forms of models, MB; 0: none are kept.",
+    )
 
 
 class MetricsSettings(_Section):

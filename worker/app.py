@@ -11,7 +11,9 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,15 +23,22 @@ from kombu.exceptions import KombuError
 from agent.clock import SystemClock
 from agent.commands import new_id
 from agent.config import Settings
+from agent.errors import AgentError
 from agent.faults import reach
 from agent.jobs import Lane
 from agent.platformfile import load_platform
+from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import INFER_TASK, celery_settings, lane_queue
+from platforms.errors import PlatformError
+from platforms.resources import read_resources
 from worker.crashes import report_predecessors
+from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
+from worker.engine.memory import MemoryBudget
+from worker.errors import WorkerError
 from worker.heartbeat import EXIT_HUNG, Heartbeat
 from worker.journal import Journal, slot_folder
 from worker.oom import find_events_file, read_oom
@@ -54,6 +63,7 @@ class Worker:
         self._lanes = lanes
         self._runs = Runs(settings.worker.cancel_grace_s, self._send_progress)
         self._runner = Runner(settings, lambda: self._engine)
+        self._building = threading.Lock()
         self._id = new_id()
         name = slot or f"{socket.gethostname()}/{'+'.join(lanes)}"
         self._folder = slot_folder(settings.runtime_dir, name)
@@ -67,10 +77,30 @@ class Worker:
         self._app.conf.update(celery_settings(settings.queue_url))
         self._app.task(self._infer, name=INFER_TASK, ignore_result=True)
 
-    @cached_property
+    @property
     def _engine(self) -> Engine:
-        spec = load_platform(self._settings.data_dir)
-        return Engine(spec, self._concurrency, configure=configure)
+        # Several threads may be the first to ask; two engines would hold two copies of a model.
+        with self._building:
+            return self._built_engine
+
+    @cached_property
+    def _built_engine(self) -> Engine:
+        settings, data_dir = self._settings.worker, self._settings.data_dir
+        spec = load_platform(data_dir)
+        cache_bytes = settings.cache_mb * 10**6
+        return Engine(
+            spec,
+            self._concurrency,
+            configure=configure,
+            budget=replace(
+                MemoryBudget.from_setting(settings.memory_mb, spec.memory_mb),
+                read_available_mb=lambda: read_resources(data_dir).memory_available_mb,
+            ),
+            pinned=settings.pinned,
+            artifacts=ArtifactCache(data_dir / "cache" / "ort", cache_bytes)
+            if cache_bytes
+            else None,
+        )
 
     @cached_property
     def _concurrency(self) -> int:
@@ -82,6 +112,8 @@ class Worker:
         """Serve until SIGTERM; return the exit code."""
         self._open_journal()
         signals.worker_ready.connect(self._on_ready, weak=False)
+        if self._settings.worker.preload:
+            threading.Thread(target=self._preload, name="preload", daemon=True).start()
         signals.worker_shutting_down.connect(self._on_stopping, weak=False)
         controller: Any = self._app.Worker(
             hostname=f"edgeward-{os.getpid()}@{socket.gethostname()}",
@@ -97,6 +129,15 @@ class Worker:
         self._heartbeat.stop()
         self._remove_journal()
         return int(controller.exitcode or 0)
+
+    def _preload(self) -> None:
+        """Load the models that are to be ready before the first job asks for them."""
+        repository = ModelRepository(self._settings.models_dir)
+        for name in self._settings.worker.preload:
+            try:
+                self._engine.load(repository.get_folder(name))
+            except (AgentError, PlatformError, WorkerError) as exc:
+                log.warning("model %s cannot be loaded ahead: %s", name, exc)
 
     def _open_journal(self) -> None:
         try:

@@ -10,8 +10,10 @@ WorkerError
 │   └── StepParamsError     it gives a step parameters that it does not take
 ├── ModelConfigError        a model's config.pbtxt cannot be used as it stands
 │   └── UnsupportedConfigError  it asks for something of Triton's that is not offered here
+├── OutOfMemoryError        not even one row fits into memory
 └── ServingError            a request for an answer at once was not taken
     ├── ModelUnavailableError  the model has been unloaded, or does not load
+    ├── MemoryBudgetError      models that are in use leave it no room
     ├── RequestRejectedError   too many wait already
     └── RequestTimeoutError    it waited too long for its turn
 """
@@ -80,6 +82,13 @@ class UnsupportedConfigError(ModelConfigError):
     code = "unsupported_config"
 
 
+class OutOfMemoryError(WorkerError):
+    """A model cannot run on a single row with the memory that there is."""
+
+    code = "out_of_memory"
+    retryable = True
+
+
 class ServingError(WorkerError):
     """A request for an answer at once was not taken."""
 
@@ -90,6 +99,13 @@ class ModelUnavailableError(ServingError):
     """The model has been unloaded, or it does not load."""
 
     code = "model_unavailable"
+    retryable = True
+
+
+class MemoryBudgetError(ServingError):
+    """A model does not fit into `worker.memory_mb` beside those that cannot be evicted."""
+
+    code = "memory_budget"
     retryable = True
 
 

@@ -80,6 +80,9 @@ class LoadOptions:
     """LiteRT: paths of external delegates' libraries."""
     cache_folder: Path | None = None
     """Where the runtime may keep what it compiled; none: nothing is kept."""
+    prepared: Path | None = None
+    """A folder with the form that an equal load prepared of the model, or an empty one to
+    prepare it in. Whoever gives it keys and verifies it; a runtime may ignore it."""
 
     def __post_init__(self) -> None:
         """Refuse counts that a runtime would take for "as many as you like"."""
@@ -240,6 +243,8 @@ class Runtime(ABC):
     extra: ClassVar[str]
     """What to install: `pip install 'edgeward[<extra>]'`."""
     formats: ClassVar[frozenset[ArtifactFormat]]
+    prepares: ClassVar[bool] = False
+    """Whether it makes use of `LoadOptions.prepared`."""
 
     @abstractmethod
     def version(self) -> str:

@@ -20,7 +20,7 @@ import bisect
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ import numpy as np
 from platforms.errors import RunStoppedError
 from platforms.runtimes.base import Array, RunStop, Session
 from worker.engine.costs import ROWS_MAX
+from worker.engine.memory import RowLimit, run_within
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
 from worker.errors import OutputError, RequestRejectedError, RequestTimeoutError
 
@@ -133,6 +134,8 @@ class Batcher:
         self.stats = stats
         self._pool = pool
         self._max_rows = options.max_rows
+        self.row_limit = RowLimit()
+        """How many rows have fitted into memory."""
         self._lock = Lock()
         self._changed = Condition(self._lock)
         self._queue: list[_Waiting | _Turn] = []
@@ -156,7 +159,8 @@ class Batcher:
     @property
     def max_rows(self) -> int:
         """Rows of the largest batch, just now."""
-        return self._max_rows
+        limit = self.row_limit.rows
+        return self._max_rows if limit is None else min(self._max_rows, limit)
 
     def limit_rows(self, rows: int) -> None:
         """Make no larger batches from now on, as when memory has run out; never raises it."""
@@ -424,7 +428,7 @@ class Batcher:
         if any(isinstance(entry, _Turn) for entry in self._queue) or isinstance(head, _Turn):
             return 0.0
         rows = sum(entry.rows for entry in self._find_joinable(head))
-        if rows >= min((*self.options.preferred_rows, self._max_rows)):
+        if rows >= min((*self.options.preferred_rows, self.max_rows)):
             return 0.0
         return max(0.0, delay_s - (time.perf_counter_ns() - head.arrived_ns) / 1e9)
 
@@ -435,7 +439,7 @@ class Batcher:
             if isinstance(entry, _Turn) or not _is_alike(entry, head):
                 continue
             rows += entry.rows
-            if rows > self._max_rows:
+            if rows > self.max_rows:
                 break
             found.append(entry)
         return found
@@ -462,7 +466,9 @@ class Batcher:
         try:
             rows = [item.rows for item in items] if self.options.is_batchable else None
             parts = [item.inputs for item in items]
-            answers, times = run_stacked(items[0].session, parts, rows, self._max_rows, stop)
+            answers, times = run_stacked(
+                items[0].session, parts, rows, self.max_rows, stop, limit=self.row_limit
+            )
         except Exception as exc:  # noqa: BLE001 (handed on to whoever waits)
             if len(items) > 1:
                 self._run_alone(items)
@@ -525,6 +531,7 @@ def run_stacked(
     stop: RunStop | None = None,
     *,
     check_finite: bool = False,
+    limit: RowLimit | None = None,
 ) -> tuple[list[Outputs], RunTimes]:
     """Run several requests as one batch; their outputs in order, and where the time went.
 
@@ -537,8 +544,10 @@ def run_stacked(
         max_rows: of one run.
         stop: ends the run.
         check_finite: refuse NaN and infinity.
+        limit: where given, rows that do not fit into memory run in smaller pieces.
 
     Raises:
+        OutOfMemoryError: not even one row fits.
         PlatformError: the run failed, or was stopped.
         OutputError: another number of rows came back than went in.
     """
@@ -548,10 +557,13 @@ def run_stacked(
         inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     stacked = time.perf_counter_ns()
     total = sum(rows) if rows is not None else 0
-    if total > max_rows:
-        outputs = _run_pieces(session, inputs, total, max_rows, stop, check_finite)
-    else:
-        outputs = session.run(inputs, stop, check_finite=check_finite)
+
+    def run(piece: Inputs) -> Outputs:
+        if limit is None or rows is None:
+            return session.run(piece, stop, check_finite=check_finite)
+        return run_within(session, piece, limit, stop, check_finite=check_finite)
+
+    outputs = _run_pieces(run, inputs, total, max_rows) if total > max_rows else run(inputs)
     ran = time.perf_counter_ns()
     answers = [outputs]
     if len(parts) > 1 and rows is not None:
@@ -565,17 +577,12 @@ def run_stacked(
 
 
 def _run_pieces(
-    session: Session,
-    inputs: Inputs,
-    rows: int,
-    max_rows: int,
-    stop: RunStop | None,
-    check_finite: bool,
+    run: Callable[[Inputs], Outputs], inputs: Inputs, rows: int, max_rows: int
 ) -> Outputs:
     pieces = []
     for start in range(0, rows, max_rows):
         piece = {name: array[start : start + max_rows] for name, array in inputs.items()}
-        outputs = session.run(piece, stop, check_finite=check_finite)
+        outputs = run(piece)
         _verify_rows(outputs, min(max_rows, rows - start))
         pieces.append(outputs)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +27,11 @@ from platforms.errors import PlatformError
 from platforms.runtimes.base import Array
 from platforms.runtimes.registry import get_runtime
 from platforms.spec import PlatformSpec
+from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.batcher import Batcher, BatchOptions, Outputs, run_stacked
 from worker.engine.control import InferError, RunControl
 from worker.engine.costs import ROWS_MAX, CostCurve, CostPolicy, load_curve, measure_costs
+from worker.engine.memory import MemoryBudget
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
 from worker.engine.threads import compute_threads
@@ -132,6 +134,9 @@ class Engine:
         *,
         costs: CostPolicy | None = None,
         configure: Configure | None = None,
+        budget: MemoryBudget | None = None,
+        pinned: Collection[str] = (),
+        artifacts: ArtifactCache | None = None,
     ) -> None:
         """Describe the box.
 
@@ -141,13 +146,17 @@ class Engine:
                 they share the cores.
             costs: how models are measured when they load; None: not at all.
             configure: given a model and what the engine would do with it, says what it should.
+            budget: memory for all models together; None: without bounds.
+            pinned: models that are never evicted.
+            artifacts: what runtimes prepared of models; None: nothing is kept.
         """
         self._spec = spec
         self._threads = compute_threads(spec.cores, instances)
         self._instances = max(1, int(spec.cores) // self._threads)
         self._costs = costs
         self._configure = configure
-        self.cache = SessionCache()
+        self._artifacts = artifacts
+        self.cache = SessionCache(budget, pinned, self._is_busy)
         self._served: dict[ModelKey, ServedModel] = {}
         self._stats: dict[tuple[str, str], StatsCounter] = {}
         self._lock = Lock()
@@ -169,8 +178,12 @@ class Engine:
         """
         return self.cache.load(key, lambda: self._load(key))
 
+    def _is_busy(self, key: ModelKey) -> bool:
+        served = self._served.get(key)
+        return served is not None and bool(served.batcher.busy or served.batcher.pending)
+
     def _load(self, key: ModelKey) -> LoadedModel:
-        model = load_model(key.folder, self._spec, self._threads)
+        model = load_model(key.folder, self._spec, self._threads, self._artifacts, self._instances)
         if key not in self._served:
             self._keep_served(key, model, self._measure(model))
         return model
@@ -395,6 +408,7 @@ def _run_in_turn(call: _Call, group: Sequence[_Pending]) -> tuple[list[Outputs],
             call.batcher.max_rows,
             call.control.begin(),
             check_finite=True,
+            limit=call.batcher.row_limit,
         )
     finally:
         call.batcher.release()
