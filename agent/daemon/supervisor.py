@@ -197,13 +197,13 @@ class Agent:
         reach("recovery.counted")
         self._spec = find_platform(self._settings.data_dir)
         self._writer.start()
+        self._serve_metrics()
         if self._settings.mqtt.enabled:
             self._session.start()
         self._dispatcher.start()
         self._outcomes.start()
         if self._settings.inbox.enabled:
             self._inbox.start()
-        self._serve_metrics()
         threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
         threading.Thread(target=self._check_later, name="check", daemon=True).start()
         reach("recovery.started")

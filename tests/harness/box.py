@@ -22,6 +22,7 @@ from agent.store.database import open_reader
 from agent.topics import Topics
 from benchmarks.tiny_model import write_tiny_model
 from tests.harness.brokers import MqttProcess, QueueProcess
+from tests.harness.known_box import seed_platform
 from tests.harness.waiting import wait_until
 
 DEVICE = "box-1"
@@ -138,6 +139,7 @@ class Box:
         self, folder: Path, mqtt: MqttProcess, queue: QueueProcess, **settings: str
     ) -> None:
         self.data_dir = folder / "data"
+        seed_platform(self.data_dir)
         self.mqtt = mqtt
         self.queue = queue
         self._log = folder / "box.log"

@@ -29,6 +29,7 @@ from agent.tasks import (
 )
 from benchmarks.tiny_model import write_tiny_model
 from tests.harness.brokers import QueueProcess
+from tests.harness.known_box import seed_platform
 from tests.harness.models import write_endless_model
 from tests.harness.waiting import wait_until
 
@@ -90,6 +91,7 @@ class LoneWorker:
 
     def __init__(self, folder: Path, broker: QueueProcess, **settings: str) -> None:
         self.data_dir = folder / "data"
+        seed_platform(self.data_dir)
         self.slot = "test"
         self.process: subprocess.Popen[bytes] | None = None
         self._log = folder / "worker.log"

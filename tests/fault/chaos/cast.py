@@ -22,6 +22,7 @@ from tests.fault.chaos.models import install_models
 from tests.fault.chaos.proxy import Proxy
 from tests.fault.chaos.wire import Wire
 from tests.fault.shifted import write_shift
+from tests.harness.known_box import seed_platform
 from tests.harness.waiting import wait_until
 
 DEVICE = "chaos-box"
@@ -193,6 +194,7 @@ class Cast:
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "data"
+        seed_platform(self.data_dir)
         self.ledger_path = self.data_dir / "ledger.db"
         mqtt = prepare_mqtt_broker(
             folder / "mqtt", folder, kind=MqttBrokerKind.MOSQUITTO, durable=durable

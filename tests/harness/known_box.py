@@ -1,0 +1,24 @@
+"""What this machine is, found out once for all the boxes of a test process.
+
+Proving the runtimes costs seconds of CPU, 4 of them for torch alone: each test's box would pay
+for it again, in its first job's time.
+"""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from agent.platformfile import PLATFORM_FILE, detect_and_save
+
+
+@cache
+def _detect() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        detect_and_save(Path(folder))
+        return (Path(folder) / PLATFORM_FILE).read_text(encoding="utf-8")
+
+
+def seed_platform(data_dir: Path) -> None:
+    """Let the box in `data_dir` find what it is on file."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    (data_dir / PLATFORM_FILE).write_text(_detect(), encoding="utf-8")
