@@ -19,6 +19,7 @@ from platforms.runtimes.base import LoadOptions
 from platforms.runtimes.proof import prove_runtime
 from platforms.runtimes.registry import get_runtime
 from platforms.spec import Arch, Os, PlatformSpec
+from worker.engine.engine import Engine
 from worker.engine.memory import MemoryBudget, RowLimit, run_within
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
 from worker.errors import MemoryBudgetError
@@ -303,3 +304,19 @@ def test_a_batch_that_fits_runs_whole_and_leaves_no_limit(tmp_path: Path) -> Non
 
     assert outputs["y"].shape == (3, 1000)
     assert limit.rows is None
+
+
+def test_engine_keeps_its_models_inside_the_budget_and_evicts_the_idle_one(
+    keys: list[ModelKey], spec: PlatformSpec
+) -> None:
+    first, second = keys[:2]
+    engine = Engine(spec, budget=MemoryBudget(14.0))
+
+    model = engine.load_key(first)
+    engine.load_key(second)
+
+    assert engine.cache.find(first) is None
+    assert engine.cache.find(second) is not None
+    # Who still has it goes on; the next one to ask loads it again.
+    assert model.session.run({"x": np.zeros((1, 250), np.float32)})["y"].shape == (1, 1)
+    assert engine.load_key(first).name == "a"
