@@ -32,7 +32,13 @@ from worker.engine.batcher import Batcher, BatchOptions, Outputs, run_stacked
 from worker.engine.control import InferError, RunControl
 from worker.engine.costs import ROWS_MAX, CostCurve, CostPolicy, load_curve, measure_costs
 from worker.engine.memory import MemoryBudget
-from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
+from worker.engine.sessions import (
+    LoadedModel,
+    ModelKey,
+    SessionCache,
+    import_runtime,
+    load_model,
+)
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
 from worker.engine.threads import compute_threads
 from worker.errors import NanOutputError, OutputError, StepError, WorkerError
@@ -176,6 +182,9 @@ class Engine:
         Raises:
             AgentError, PlatformError, WorkerError: as `load_model`.
         """
+        if self.cache.find(key) is None:
+            # A library's own memory is no model's: the first one would be charged with it.
+            import_runtime(key.folder, self._spec)
         return self.cache.load(key, lambda: self._load(key))
 
     def _is_busy(self, key: ModelKey) -> bool:

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from threading import Condition, Lock
 
 import numpy as np
 
+from agent.errors import AgentError
 from agent.manifest import MANIFEST_FILE, Manifest, read_manifest, verify_files
 from platforms.artifact import ArtifactSpec, TensorSpec
 from platforms.errors import ModelLoadError, PlatformError
@@ -344,6 +346,15 @@ def load_model(
         is_batchable=probe_batching(session),
         load_ms=1000 * (time.perf_counter() - started),
     )
+
+
+def import_runtime(folder: Path, spec: PlatformSpec) -> None:
+    """Import the library that a version will run on; what is wrong with it, its load says."""
+    with suppress(AgentError, PlatformError):
+        manifest = read_manifest(folder)
+        chosen = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS).chosen
+        if chosen is not None and chosen.runtime is not None:
+            get_runtime(chosen.runtime).version()
 
 
 def _load_session(
