@@ -226,7 +226,8 @@ class WorkerSettings(_Section):
     response_cache_mb: int = Field(
         default=0,
         ge=0,
-        description="Memory for answers of models with a response cache; 0: no cache.",
+        description="Memory for answers of models with a response cache; 0: no cache. Waits for "
+        "the HTTP API.",
     )
     response_cache_ttl_s: float = Field(
         default=0.0, ge=0, description="Age at which a cached answer is given up; 0: none."

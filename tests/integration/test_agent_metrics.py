@@ -1,5 +1,7 @@
 """The agent's metrics, scraped from a real agent that runs real jobs."""
 
+import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +9,15 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.platformfile import load_platform
+from agent.repository import ModelRepository
+from tests.architecture.documents import ROOT
 from tests.harness.box import Box, RecordingConsole
 from tests.harness.brokers import MqttProcess, QueueProcess
 from tests.harness.waiting import free_port, wait_until
+from worker.engine.engine import Engine
+from worker.engine.serving import EngineService
+from worker.metrics import build_registry, render
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -91,3 +99,32 @@ def test_port_in_use_costs_the_metrics_and_nothing_else(
         console.close()
         for name in list(box.processes):
             box.kill(name)
+
+
+def read_families(text: str) -> set[str]:
+    return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+
+
+def test_every_metric_that_the_board_names_is_exported(
+    box: Box, mosquitto: MqttProcess, port: int
+) -> None:
+    board = json.loads((ROOT / "docs" / "grafana" / "edgeward.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    names = set(re.findall(r"\b(?:edgeward|nv|process)_\w+", " ".join(queries)))
+    box.start("agent")
+    wait_until(lambda: box.read_log().count("started, boot"), 30, "the agent has started")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        exported = read_families(answer.read().decode())
+    engine = Engine(load_platform(box.data_dir))
+    service = EngineService(engine, ModelRepository(box.data_dir / "models"))
+    exported |= read_families(render(build_registry(service)).decode())
+    service.close()
+
+    # A histogram's samples have a suffix of their own, a counter's family has none.
+    known = exported | {re.sub(r"_total$", "", name) for name in exported}
+    found = {
+        name if name in known else re.sub(r"_(?:bucket|count|sum|total)$", "", name)
+        for name in names
+    }
+    assert len(names) > 20
+    assert found <= known
