@@ -287,6 +287,10 @@ class ClockBox:
         query = "SELECT job_id, state, rev, attempt, reason_code FROM jobs WHERE source = 'mqtt'"
         rows = {row[0]: row[1:] for row in self.box.query(query)}
         assert set(rows) == set(self.asked)
+        # A result follows its end's state, behind the ends of all others.
+        wait_until(
+            lambda: set(self.asked) <= self.console.results.keys(), 20, "all results are told"
+        )
         runs = self.count_runs()
         for job_id, asked in self.asked.items():
             state, rev, attempt, reason = rows[job_id]
