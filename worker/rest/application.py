@@ -306,6 +306,9 @@ class _Body:
             raise BodyTooLargeError(msg)
         message = await self._take()
         content: bytes = message["body"]
+        if len(content) > limit:
+            msg = f"the body has more than {limit} bytes"
+            raise BodyTooLargeError(msg)
         self._hold(len(content))
         if message.get("more_body"):
             content = await self._read_on(content, limit)

@@ -25,11 +25,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in, and hang up on one whose head has no end."""
+        # Before the rest: what follows the end of one request in the same bytes is not counted,
+        # or the end of a large body would be.
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(431, "the request's headers are too long")
+        is_too_long = self._is_in_head and self._head_bytes > HEAD_BYTES
+        if is_too_long and not self.transport.is_closing():
+            self._refuse(431, "the request's headers are too long")
 
     def on_headers_complete(self) -> None:
         """Start the request."""

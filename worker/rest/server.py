@@ -257,20 +257,23 @@ def bind_socket(path: Path) -> socket.socket:
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            _free_socket(path)
+        _free_socket(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         listening.bind(str(path))
         path.chmod(_SOCKET_MODE)
         listening.listen(_BACKLOG)
-    except OSError as exc:
+    except (OSError, HttpUnavailableError) as exc:
         listening.close()
+        if isinstance(exc, HttpUnavailableError):
+            raise
         msg = f"http.socket {path} cannot be bound: {exc.strerror or exc}"
         raise HttpUnavailableError(msg) from exc
     return listening
 
 
 def _free_socket(path: Path) -> None:
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         try:
             probe.connect(str(path))
