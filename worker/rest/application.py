@@ -15,6 +15,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,12 +89,42 @@ class Bounds:
 
 
 class Load:
-    """What is under way just now; of the event loop's thread only."""
+    """What is under way just now; of the event loop's thread only.
+
+    Looks after slow bodies too: one look at all of them now and then costs less than a timer for
+    each, as nearly every body is there before it is asked for.
+    """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.requests = 0
         self.bytes = 0
+        self._reading: dict[_Body, float] = {}
+        """Bodies whose client is to send something, and since when."""
+        self._is_watching = False
+
+    def begin_reading(self, body: "_Body") -> None:
+        """Expect the client to send something within `body_timeout_s`."""
+        self._reading[body] = time.monotonic()
+        if not self._is_watching:
+            self._is_watching = True
+            self._watch_later()
+
+    def end_reading(self, body: "_Body") -> None:
+        """Expect no more of this client."""
+        del self._reading[body]
+
+    def _watch_later(self) -> None:
+        wait_s = min(1.0, self.bounds.body_timeout_s / 4)
+        asyncio.get_running_loop().call_later(wait_s, self._watch)
+
+    def _watch(self) -> None:
+        oldest = time.monotonic() - self.bounds.body_timeout_s
+        for body in [body for body, since in self._reading.items() if since < oldest]:
+            body.give_up()
+        self._is_watching = bool(self._reading)
+        if self._is_watching:
+            self._watch_later()
 
     def take(self, size: int) -> None:
         """Count bytes of a body in.
@@ -138,10 +169,11 @@ class Application:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         load = self._load
-        refusal = self._find_refusal(scope, headers)
-        if refusal is not None:
-            await _send_error(send, *refusal)
-            return
+        if self._authorization is not None or b"origin" in headers:
+            refusal = self._find_refusal(scope, headers)
+            if refusal is not None:
+                await _send_error(send, *refusal)
+                return
         if load.requests >= load.bounds.requests:
             await _send_error(send, 503, "too many requests are under way: try again")
             return
@@ -281,6 +313,8 @@ class _Body:
         self._receive = receive
         self._headers = headers
         self._held = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._is_given_up = False
 
     def release(self) -> None:
         """Count its bytes out."""
@@ -300,9 +334,9 @@ class _Body:
             _Slow: the client paused for too long.
         """
         limit = self._load.bounds.body_bytes
-        announced = _parse_number(self._headers.get(b"content-length", b"0"), "Content-Length")
-        if announced > limit:
-            msg = f"the body has {announced} bytes; {limit} are allowed"
+        announced = self._headers.get(b"content-length")
+        if announced is not None and _parse_number(announced, "Content-Length") > limit:
+            msg = f"the body has {announced.decode()} bytes; {limit} are allowed"
             raise BodyTooLargeError(msg)
         message = await self._take()
         content: bytes = message["body"]
@@ -317,12 +351,23 @@ class _Body:
             return content
         return await self._decompress(content, encoding.decode("latin-1"), limit)
 
+    def give_up(self) -> None:
+        """End the reading, as the client is too slow."""
+        if self._task is not None:
+            self._is_given_up = True
+            self._task.cancel()
+
     async def _take(self) -> Message:
+        self._task = task = asyncio.current_task()
+        self._load.begin_reading(self)
         try:
-            async with asyncio.timeout(self._load.bounds.body_timeout_s):
-                message = await self._receive()
-        except TimeoutError as exc:
-            raise _Slow from exc
+            message = await self._receive()
+        except asyncio.CancelledError as exc:
+            if self._is_given_up and task is not None and not task.uncancel():
+                raise _Slow from exc
+            raise
+        finally:
+            self._load.end_reading(self)
         if message["type"] == "http.disconnect":
             raise _Gone
         return message
