@@ -234,22 +234,43 @@ class Application:
         elif target.action == "infer" and method == "POST":
             await self._infer(target, headers, body, send)
         elif target.action == "ready" and method == "GET":
-            await _send(send, 200 if self._is_ready(target) else 503, [], b"")
+            await self._tell_ready(target, send)
         else:
             allowed = b"POST" if target.action == "infer" else b"GET"
             message = f"{method} is not allowed here; {allowed.decode()} is"
             await _send_error(send, 405, message, [(b"allow", allowed)])
 
-    def _is_ready(self, target: Target) -> bool:
+    async def _tell_ready(self, target: Target, send: Send) -> None:
         if target.model:
-            return self._service.is_model_ready(target.model, target.version)
-        return target.version == "live" or self._service.is_ready()
+            is_ready = self._service.is_model_ready(target.model, target.version)
+        else:
+            is_ready = target.version == "live" or self._service.is_ready()
+        if is_ready:
+            await _send(send, 200, [], b"")
+            return
+        await self._find_model(target)
+        await _send_error(send, 503, "not ready")
+
+    async def _find_model(self, target: Target) -> None:
+        """Check that there is such a model and version, whether it takes requests or not.
+
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is none.
+        """
+        if target.model:
+            # Off the event loop: it reads folders.
+            await asyncio.to_thread(self._service.get_stats, target.model, target.version)
 
     async def _infer(
         self, target: Target, headers: dict[bytes, bytes], body: "_Body", send: Send
     ) -> None:
         content = await body.read()
-        call = await self._parse(target, headers, content)
+        try:
+            call = await self._parse(target, headers, content)
+        except RequestFormatError:
+            # Where the model is unknown, that comes first.
+            await self._find_model(target)
+            raise
         response = self._service.infer_inline(call.request)
         if response is None:
             response = await self._wait(call.request, body)

@@ -256,9 +256,10 @@ def _build_entry(entry: IndexEntry) -> dict[str, Any]:
 
 def _add_predict(app: FastAPI, service: Service, predictor: Predictor) -> None:
     async def predict(model: str, request: Request, version: str | None = None) -> Response:
+        # Raises where there is no such model or version, before the body's own faults count.
+        await asyncio.to_thread(service.get_stats, model, version)
         given, params = await _read_input(request)
-        is_known = any(entry.name == model for entry in await asyncio.to_thread(service.list_index))
-        if is_known and not service.is_model_ready(model):
+        if not service.is_model_ready(model):
             msg = f"model {model!r} takes no requests: it has been unloaded, or does not load"
             raise ModelUnavailableError(msg)
         return _reply(await predictor.predict(model, version, given, params))

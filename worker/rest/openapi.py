@@ -193,8 +193,8 @@ _BINARY = "application/octet-stream"
 
 
 def _parameter(name: str) -> JsonObject:
-    pattern = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,32}$"}
-    return {"name": name, "in": "path", "required": True, "schema": pattern}
+    schema = {"type": "string", "minLength": 1}
+    return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
 def _json(schema: str) -> JsonObject:
@@ -224,8 +224,6 @@ def _operation(
 def _build_model_paths(prefix: str) -> Iterable[tuple[str, JsonObject]]:
     yield prefix, {"get": _operation("Metadata of a model", prefix, answer=_json("Model"))}
     ready = _operation("Whether a model takes requests", prefix)
-    # The protocol's answer has no body, also where it is "no".
-    ready["responses"]["503"] = {"description": "It does not."}
     yield f"{prefix}/ready", {"get": ready}
     yield (
         f"{prefix}/config",
@@ -249,9 +247,7 @@ def _build_model_paths(prefix: str) -> Iterable[tuple[str, JsonObject]]:
 
 
 def _build_health(what: str) -> JsonObject:
-    operation = _operation(f"Whether the server is {what}", "")
-    operation["responses"]["503"] = {"description": "It is not."}
-    return {"get": operation}
+    return {"get": _operation(f"Whether the server is {what}", "")}
 
 
 def _build_repository_paths() -> Iterable[tuple[str, JsonObject]]:
@@ -282,7 +278,7 @@ def _build_repository_paths() -> Iterable[tuple[str, JsonObject]]:
 
 def _build_predict_paths() -> Iterable[tuple[str, JsonObject]]:
     for prefix in ("/v1/models/{model}", "/v1/models/{model}/versions/{version}"):
-        binary = {"schema": {"type": "string", "format": "binary"}}
+        binary = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
         content = {**_json("PredictRequest"), _BINARY: binary, "image/*": binary}
         yield (
             f"{prefix}/predict",

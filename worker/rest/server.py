@@ -171,7 +171,8 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="info" if settings.access_log else "warning",
+            # Its warnings are of single bad requests: a flood of those would fill the log.
+            log_level="info" if settings.access_log else "error",
             access_log=settings.access_log,
             proxy_headers=False,
             server_header=False,
