@@ -258,6 +258,68 @@ class MetricsSettings(_Section):
     )
 
 
+class HttpSettings(_Section):
+    """The inference worker's HTTP API (docs/serving.md)."""
+
+    host: str = Field(default="127.0.0.1", description="Address the HTTP API is served on.")
+    port: int | None = Field(
+        default=None, ge=0, le=65535, description="Its TCP port; none: no TCP."
+    )
+    socket: Path | None = Field(
+        default=None,
+        description="Its Unix socket; no token there, the file's permissions say who may.",
+    )
+    token: SecretStr | None = Field(default=None, description="Bearer token; better a file.")
+    token_file: Path | None = Field(default=None, description="File holding the bearer token.")
+    cert_file: Path | None = Field(default=None, description="Server certificate, PEM: TLS.")
+    key_file: Path | None = Field(default=None, description="Server certificate's key, PEM.")
+    allow_plain: bool = Field(
+        default=False, description="Allow other machines in without a token or without TLS."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web origins whose pages may use the API."
+    )
+    body_bytes: int = Field(
+        default=64 << 20, ge=1024, description="Largest request body, also when decompressed."
+    )
+    held_bytes: int = Field(
+        default=256 << 20, ge=1024, description="Request bodies under way, all together."
+    )
+    requests: int = Field(default=512, ge=1, description="Requests under way; more get a 503.")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="Longest pause in the sending of a body."
+    )
+    keep_alive_s: float = Field(
+        default=75.0, ge=1, description="How long an idle connection is kept."
+    )
+    stop_timeout_s: float = Field(
+        default=10.0, ge=1, description="How long requests under way may take at a stop."
+    )
+    access_log: bool = Field(default=False, description="Log each request.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "HttpSettings":
+        if (self.cert_file is None) != (self.key_file is None):
+            msg = "cert_file and key_file go together"
+            raise ValueError(msg)
+        if self.token is not None and not self.token.get_secret_value():
+            msg = "token is empty"
+            raise ValueError(msg)
+        has_token = self.token is not None or self.token_file is not None
+        is_safe = has_token and self.cert_file is not None
+        if self.port is not None and not (is_safe or self.allow_plain or _is_local(self.host)):
+            msg = (
+                f"an API on {self.host} would be open to the network: set token_file, cert_file "
+                "and key_file, or allow_plain = true if that is meant"
+            )
+            raise ValueError(msg)
+        return self
+
+
+def _is_local(host: str) -> bool:
+    return host in _LOOPBACK or host.startswith("127.")
+
+
 class Settings(BaseSettings):
     """All settings of one box."""
 
@@ -293,6 +355,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     worker: WorkerSettings = WorkerSettings()
     metrics: MetricsSettings = MetricsSettings()
+    http: HttpSettings = HttpSettings()
 
     _file: ClassVar[dict[str, Any]] = {}
 
