@@ -226,8 +226,7 @@ class WorkerSettings(_Section):
     response_cache_mb: int = Field(
         default=0,
         ge=0,
-        description="Memory for answers of models with a response cache; 0: no cache. Waits for "
-        "the HTTP API.",
+        description="Memory for answers of models with a response cache; 0: no cache.",
     )
     response_cache_ttl_s: float = Field(
         default=0.0, ge=0, description="Age at which a cached answer is given up; 0: none."

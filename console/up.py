@@ -32,6 +32,7 @@ from console.embedded import (
     prepare_queue_broker,
 )
 from console.errors import AlreadyUpError
+from console.http_api import name_address, wait_until_live
 from console.output import Output, build_facts
 
 LANES = (Lane.INFERENCE, Lane.BATCH)
@@ -50,6 +51,8 @@ class Plan:
     queue_url: str
     mqtt: str
     """Where the MQTT broker is, in words for a person."""
+    http: str = "turned off"
+    """Where the HTTP API is."""
     notes: tuple[str, ...] = ()
 
 
@@ -101,6 +104,8 @@ def plan_box(settings: Settings, config: Path | None, kind: MqttBrokerKind | Non
     slot = f"{settings.device_id}/up"
     common = _common_options(settings, config)
     lanes = [option for lane in LANES for option in ("--lane", lane.value)]
+    if settings.http.port is not None:
+        parts.env["EDGEWARD_HTTP__PORT"] = str(settings.http.port)
     parts.children += [
         ChildSpec(AGENT, (*_PROGRAM, AGENT, *common), parts.env, _is_agent_ready(settings)),
         ChildSpec(
@@ -110,7 +115,13 @@ def plan_box(settings: Settings, config: Path | None, kind: MqttBrokerKind | Non
             _is_worker_ready(queue_url, slot),
         ),
     ]
-    return Plan(tuple(parts.children), queue_url, where, tuple(parts.notes))
+    return Plan(
+        tuple(parts.children),
+        queue_url,
+        where,
+        name_address(settings.http),
+        tuple(parts.notes),
+    )
 
 
 def _plan_queue(settings: Settings, parts: _Parts) -> str:
@@ -174,6 +185,7 @@ def announce(settings: Settings, plan: Plan) -> Iterator[None]:
         "device_id": settings.device_id,
         "mqtt": {"host": settings.mqtt.host, "port": settings.mqtt.port},
         "queue": {"url": plan.queue_url},
+        "http": {"port": settings.http.port},
     }
     path = settings.runtime_dir / UP_FILE
     write_atomic(path, json.dumps({"pid": os.getpid(), "flags": flags}), durable=False)
@@ -211,6 +223,8 @@ def run_up(
                 with out.spinner(f"starting {child.name}"):
                     children.start_child(child.name)
                 out.note(f"  ✓ {child.name:<7}{time.monotonic() - began:5.1f} s")
+            if not wait_until_live(settings.http):
+                out.note(f"  ! the HTTP API does not answer yet; see {log_dir / 'worker.log'}")
             for note in plan.notes:
                 out.note(f"  · {note}")
             with announce(settings, plan):
@@ -225,6 +239,7 @@ def _say_where(settings: Settings, plan: Plan, log_dir: Path, out: Output) -> No
         "data_dir": str(settings.data_dir),
         "mqtt": plan.mqtt,
         "queue": plan.queue_url,
+        "http": plan.http,
         "inbox": str(settings.inbox_dir / "MODEL") if settings.inbox.enabled else "turned off",
         "results": str(settings.outbox_dir),
         "logs": str(log_dir),

@@ -26,7 +26,7 @@ from agent.config import Settings
 from agent.errors import AgentError
 from agent.faults import reach
 from agent.jobs import Lane
-from agent.platformfile import load_platform
+from agent.platformfile import find_platform, load_platform, look_at_box
 from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import INFER_TASK, celery_settings, lane_queue
@@ -34,11 +34,12 @@ from platforms.errors import PlatformError
 from platforms.resources import read_resources
 from worker.crashes import report_predecessors
 from worker.engine.artifact_cache import ArtifactCache
-from worker.engine.configured import configure
+from worker.engine.configured import configure, warm_up
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
 from worker.engine.memory import MemoryBudget
 from worker.errors import WorkerError
+from worker.frontend import Frontend, build_costs
 from worker.heartbeat import EXIT_HUNG, Heartbeat
 from worker.journal import Journal, slot_folder
 from worker.oom import find_events_file, read_oom
@@ -63,6 +64,9 @@ class Worker:
         self._lanes = lanes
         self._runs = Runs(settings.worker.cancel_grace_s, self._send_progress)
         self._runner = Runner(settings, lambda: self._engine)
+        self._frontend: Frontend | None = None
+        if Lane.INFERENCE in lanes:
+            self._frontend = Frontend(settings, lambda: self._engine)
         self._building = threading.Lock()
         self._id = new_id()
         name = slot or f"{socket.gethostname()}/{'+'.join(lanes)}"
@@ -86,12 +90,17 @@ class Worker:
     @cached_property
     def _built_engine(self) -> Engine:
         settings, data_dir = self._settings.worker, self._settings.data_dir
-        spec = load_platform(data_dir)
+        known = find_platform(data_dir)
+        spec = known or look_at_box(data_dir)
         cache_bytes = settings.cache_mb * 10**6
         return Engine(
             spec,
             self._concurrency,
+            costs=None if self._frontend is None else build_costs(self._settings),
             configure=configure,
+            warm_up=warm_up,
+            # A box's first start is long over before all its runtimes are proven.
+            prove=None if known else lambda: load_platform(data_dir),
             budget=replace(
                 MemoryBudget.from_setting(settings.memory_mb, spec.memory_mb),
                 read_available_mb=lambda: read_resources(data_dir).memory_available_mb,
@@ -106,12 +115,15 @@ class Worker:
     def _concurrency(self) -> int:
         if self._settings.worker.concurrency:
             return self._settings.worker.concurrency
-        return max(1, int(load_platform(self._settings.data_dir).cores))
+        data_dir = self._settings.data_dir
+        return max(1, int((find_platform(data_dir) or look_at_box(data_dir)).cores))
 
     def run(self) -> int:
         """Serve until SIGTERM; return the exit code."""
         self._open_journal()
         signals.worker_ready.connect(self._on_ready, weak=False)
+        if self._frontend is not None:
+            self._frontend.start()
         if self._settings.worker.preload:
             threading.Thread(target=self._preload, name="preload", daemon=True).start()
         signals.worker_shutting_down.connect(self._on_stopping, weak=False)
@@ -126,6 +138,8 @@ class Worker:
             loglevel=logging.getLogger().level,
         )
         controller.start()
+        if self._frontend is not None:
+            self._frontend.stop()
         self._heartbeat.stop()
         self._remove_journal()
         return int(controller.exitcode or 0)

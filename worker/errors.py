@@ -15,7 +15,8 @@ WorkerError
     ├── ModelUnavailableError  the model has been unloaded, or does not load
     ├── MemoryBudgetError      models that are in use leave it no room
     ├── RequestRejectedError   too many wait already
-    └── RequestTimeoutError    it waited too long for its turn
+    ├── RequestTimeoutError    it waited too long for its turn
+    └── HttpUnavailableError   the server cannot start: address, certificate, package
 """
 
 from typing import ClassVar
@@ -121,3 +122,9 @@ class RequestTimeoutError(ServingError):
 
     code = "request_timeout"
     retryable = True
+
+
+class HttpUnavailableError(ServingError):
+    """The HTTP server cannot start: its address, certificate or token, or a package is missing."""
+
+    code = "http_unavailable"

@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from worker.engine.engine import Engine
+from worker.engine.responses import CacheStats, ResponseCache
 from worker.engine.service import Duration, ModelStats, Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # prometheus_client would put `_total` behind a counter's name, which Triton's do not have.
 _UNTYPED = re.compile(rb"^(# TYPE nv_\w+) untyped$", re.MULTILINE)
 _NS_PER_US = 1000
+_MB = 10**6
 
 _COUNTS: tuple[tuple[str, str, Callable[[ModelStats], int]], ...] = (
     ("nv_inference_request_success", "Successful requests.", lambda s: s.success.count),
@@ -104,6 +107,66 @@ class ServiceCollector:
             ],
             kind="gauge",
         )
+
+
+class EngineCollector:
+    """Collects what loaded models and cached answers take; a collector of prometheus_client.
+
+    Args:
+        engine: that has the models.
+        cache: of answers; None where there is none.
+    """
+
+    def __init__(self, engine: Engine, cache: ResponseCache | None = None) -> None:
+        self._engine = engine
+        self._cache = cache
+
+    def collect(self) -> Iterator[Any]:
+        """Yield all families."""
+        served = self._engine.list_served()
+        loaded = [one for one in served if self._engine.cache.is_loaded(one.key)]
+        labels = [{"model": one.key.name, "version": one.key.version} for one in loaded]
+        records = [self._engine.cache.find_record(one.key) for one in loaded]
+        yield _build(
+            "edgeward_model_memory_bytes",
+            "What a loaded model version was measured to take.",
+            [
+                (label, record.mb * _MB)
+                for label, record in zip(labels, records, strict=True)
+                if record is not None
+            ],
+            kind="gauge",
+        )
+        yield _build(
+            "edgeward_model_batch_rows_max",
+            "Most rows that requests are put together to, as measured or configured.",
+            [(label, one.batcher.max_rows) for label, one in zip(labels, loaded, strict=True)],
+            kind="gauge",
+        )
+        budget_mb = self._engine.cache.budget_mb
+        yield _build(
+            "edgeward_model_memory_budget_bytes",
+            "What all models of this process may take.",
+            [] if budget_mb is None else [({}, budget_mb * _MB)],
+            kind="gauge",
+        )
+        if self._cache is not None:
+            yield from _collect_cache(self._cache.get_stats())
+
+
+def _collect_cache(stats: CacheStats) -> Iterator[Any]:
+    for name, what, value in (
+        ("edgeward_response_cache_bytes", "What cached answers take.", stats.size_bytes),
+        ("edgeward_response_cache_entries", "Cached answers.", stats.entries),
+    ):
+        yield _build(name, what, [({}, value)], kind="gauge")
+    yield _build(
+        "edgeward_response_cache_evicted",
+        "Answers that left the cache for want of room.",
+        [({}, stats.evicted)],
+        suffix="_total",
+        kind="counter",
+    )
 
 
 def _label(stats: ModelStats) -> dict[str, str]:

@@ -40,7 +40,7 @@ from agent.daemon.writer import Writer
 from agent.errors import MetricsError, StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.fileio import write_atomic
-from agent.platformfile import detect_and_save, find_platform
+from agent.platformfile import find_platform, load_platform
 from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.store import outbox
@@ -312,7 +312,7 @@ class Agent:
 
     def _look_at_box(self) -> None:
         if self._spec is None:
-            self._spec = detect_and_save(self._settings.data_dir)
+            self._spec = load_platform(self._settings.data_dir)
             self._presence.publish_info()
 
     # --- watching ---------------------------------------------------------------------------

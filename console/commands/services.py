@@ -64,12 +64,19 @@ def start_all(
         typer.Option(min=0, max=65535, help="Port of the MQTT broker; 0 picks a free one."),
     ] = None,
     mqtt_broker: MqttBrokerOption = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the HTTP API; 0 picks a free one."),
+    ] = None,
 ) -> None:
     """Start everything on this box: brokers, agent, worker. Ctrl-C stops it all."""
     from agent.logs import set_up_logs
     from console.up import run_up
 
-    flags = {} if mqtt_port is None else {"mqtt": {"port": mqtt_port or _find_free_port()}}
+    flags = {}
+    for section, port in (("mqtt", mqtt_port), ("http", http_port)):
+        if port is not None:
+            flags[section] = {"port": port or _find_free_port()}
     settings = call.load_settings(flags)
     set_up_logs("warning", as_json=settings.log_json)
     run_up(settings, call.options.config, call.out, _read_kind(mqtt_broker))

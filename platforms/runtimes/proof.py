@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,14 @@ DEFAULT_TIMEOUT_S = 30.0
 
 
 def prove_runtimes(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[RuntimeFinding, ...]:
-    """Try every registered runtime once, one after the other, each in a child process.
+    """Try every registered runtime once, each in a child process, as many at a time as cores.
 
-    Blocks for up to `timeout_s` per runtime (about 0.3 s for onnxruntime on x86-64).
-    A user's entry point that cannot be read is a finding with status `broken`.
+    Blocks for up to `timeout_s` per runtime (about 0.3 s for onnxruntime on x86-64, 4 s of CPU
+    for torch). A user's entry point that cannot be read is a finding with status `broken`.
     """
     registry = read_registry()
-    proven = [prove_runtime(name, timeout_s) for name in registry.entries]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        proven = list(pool.map(lambda name: prove_runtime(name, timeout_s), registry.entries))
     faulty = [
         RuntimeFinding(name, RuntimeStatus.BROKEN, detail=why)
         for name, why in registry.faults.items()

@@ -41,17 +41,17 @@ def run_edgeward(
 class UpProcess:
     """A running `edgeward up`."""
 
-    def __init__(self, data_dir: Path, device: str) -> None:
+    def __init__(self, data_dir: Path, device: str, *more: str, **env: str) -> None:
         self.data_dir = data_dir
         self.device = device
         self._log = data_dir.parent / "up.log"
-        options = ("--data-dir", str(data_dir), "--device", device, "--mqtt-port", "0")
+        options = ("--data-dir", str(data_dir), "--device", device, "--mqtt-port", "0", *more)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 (PROGRAM, "up", *options),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=clean_environment(),
+                env=clean_environment(env),
             )
         wait_until(self._has_started, _START_LIMIT_S, "`edgeward up` serves")
 

@@ -1,11 +1,13 @@
 """A config.pbtxt beside a real model, and what the engine makes of it."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agent.errors import VersionNotFoundError
 from agent.repository import ModelRepository
 from platforms.artifact import Datatype
 from platforms.errors import TensorError
@@ -13,11 +15,13 @@ from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec
 from tests.integration.test_serving import ask, write_scale
 from worker.engine.batcher import BatchOptions
-from worker.engine.configured import apply_config, configure
+from worker.engine.configured import apply_config, configure, warm_up
 from worker.engine.engine import Engine
 from worker.engine.modelconfig.serving import QueuePolicy, ServingConfig
 from worker.engine.responses import ResponseCache, compute_key
 from worker.engine.serving import EngineService
+from worker.engine.sessions import LoadedModel
+from worker.errors import ModelUnavailableError
 
 CONFIG = """
 max_batch_size: 4
@@ -88,3 +92,83 @@ def test_no_configuration_changes_nothing() -> None:
 def test_queue_without_a_timeout_lets_requests_name_theirs() -> None:
     config = ServingConfig(queue=QueuePolicy(timeout_s=0))
     assert apply_config(BatchOptions(), config).choose_timeout_s(3) == 3
+
+
+def test_warm_up_runs_before_the_model_serves_and_its_failure_is_the_loads(
+    spec: PlatformSpec, tmp_path: Path
+) -> None:
+    repository = ModelRepository(tmp_path / "models")
+    repository.add(write_scale(tmp_path / "source", 3))
+    place = tmp_path / "models" / "scale"
+    warm = """
+    model_warmup [ {
+      name: "first" batch_size: 2 count: 3
+      inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 2 ] random_data: true } }
+    } ]
+    """
+    (place / "config.pbtxt").write_text(warm)
+    runs: list[str] = []
+
+    def warm_up_and_tell(model: LoadedModel) -> None:
+        warm_up(model)
+        runs.append(model.name)
+
+    service = EngineService(Engine(spec, configure=configure, warm_up=warm_up_and_tell), repository)
+    assert asyncio.run(service.infer(ask())).outputs["y"].tolist() == [[3, 6]]
+    assert runs == ["scale"]
+
+    (place / "config.pbtxt").write_text(warm.replace("dims: [ 2 ]", "dims: [ 5 ]"))
+    other = EngineService(Engine(spec, configure=configure, warm_up=warm_up), repository)
+    with pytest.raises(ModelUnavailableError, match="does not load"):
+        asyncio.run(other.infer(ask()))
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ("", ["1", "2", "3"]),
+        ("version_policy { latest { num_versions: 2 } }", ["1", "2", "3"]),
+        ("version_policy { latest { num_versions: 1 } }", ["1", "3"]),
+        ("version_policy { specific { versions: [ 2 ] } }", ["1", "2"]),
+    ],
+)
+def test_version_policy_says_what_may_be_asked_for_beside_the_active_version(
+    spec: PlatformSpec, tmp_path: Path, policy: str, served: list[str]
+) -> None:
+    repository = ModelRepository(tmp_path / "models")
+    for factor in (1, 2, 3):
+        repository.add(write_scale(tmp_path / "source" / str(factor), factor))
+    repository.activate("scale", "1")
+    (tmp_path / "models" / "scale" / "config.pbtxt").write_text(policy)
+    service = EngineService(Engine(spec, configure=configure), repository)
+    assert [entry.version for entry in service.list_index()] == served
+    assert list(asyncio.run(service.get_info("scale")).versions) == served
+    for version in ("1", "2", "3"):
+        request = replace(ask(), version=version)
+        if version in served:
+            assert asyncio.run(service.infer(request)).version == version
+        else:
+            assert not service.is_model_ready("scale", version)
+            with pytest.raises(VersionNotFoundError, match="version_policy"):
+                asyncio.run(service.infer(request))
+
+
+def test_runtimes_are_proven_once_and_not_before_a_model_loads(
+    spec: PlatformSpec, tmp_path: Path
+) -> None:
+    proofs: list[int] = []
+
+    def prove() -> PlatformSpec:
+        proofs.append(1)
+        return spec
+
+    repository = ModelRepository(tmp_path / "models")
+    for name in ("one", "two"):
+        repository.add(write_scale(tmp_path / "source" / name, 3, name))
+    service = EngineService(Engine(replace(spec, runtimes=()), prove=prove), repository)
+    assert service.is_ready()
+    assert len(service.list_index()) == 2
+    assert not proofs
+    for name in ("one", "two"):
+        asyncio.run(service.infer(ask(name)))
+    assert len(proofs) == 1

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from agent.config import HttpSettings
 from tests.harness.v2_models import Box, serve_models
 from tests.harness.waiting import require_binary, wait_until
-from worker.rest.errors import HttpUnavailableError
+from worker.errors import HttpUnavailableError
 from worker.rest.server import HttpServer
 
 HEAD_LENGTH = "Inference-Header-Content-Length"

@@ -118,6 +118,7 @@ class ServedModel:
 
 
 Configure = Callable[[LoadedModel, BatchOptions], BatchOptions]
+WarmUp = Callable[[LoadedModel], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +141,11 @@ class Engine:
         *,
         costs: CostPolicy | None = None,
         configure: Configure | None = None,
+        warm_up: WarmUp | None = None,
         budget: MemoryBudget | None = None,
         pinned: Collection[str] = (),
         artifacts: ArtifactCache | None = None,
+        prove: Callable[[], PlatformSpec] | None = None,
     ) -> None:
         """Describe the box.
 
@@ -152,15 +155,21 @@ class Engine:
                 they share the cores.
             costs: how models are measured when they load; None: not at all.
             configure: given a model and what the engine would do with it, says what it should.
+            warm_up: runs a model that has just been loaded; where that fails, so does the load.
             budget: memory for all models together; None: without bounds.
             pinned: models that are never evicted.
             artifacts: what runtimes prepared of models; None: nothing is kept.
+            prove: returns the box with its runtimes proven, before the first model loads; None:
+                those of `spec` are.
         """
         self._spec = spec
         self._threads = compute_threads(spec.cores, instances)
         self._instances = max(1, int(spec.cores) // self._threads)
         self._costs = costs
         self._configure = configure
+        self._warm_up = warm_up
+        self._prove = prove
+        self._proving = Lock()
         self._artifacts = artifacts
         self.cache = SessionCache(budget, pinned, self._is_busy)
         self._served: dict[ModelKey, ServedModel] = {}
@@ -184,8 +193,15 @@ class Engine:
         """
         if self.cache.find(key) is None:
             # A library's own memory is no model's: the first one would be charged with it.
-            import_runtime(key.folder, self._spec)
+            import_runtime(key.folder, self._prove_spec())
         return self.cache.load(key, lambda: self._load(key))
+
+    def _prove_spec(self) -> PlatformSpec:
+        with self._proving:
+            if self._prove is not None:
+                self._spec = self._prove()
+                self._prove = None
+        return self._spec
 
     def _is_busy(self, key: ModelKey) -> bool:
         served = self._served.get(key)
@@ -193,6 +209,8 @@ class Engine:
 
     def _load(self, key: ModelKey) -> LoadedModel:
         model = load_model(key.folder, self._spec, self._threads, self._artifacts, self._instances)
+        if self._warm_up is not None:
+            self._warm_up(model)
         if key not in self._served:
             self._keep_served(key, model, self._measure(model))
         return model

@@ -18,21 +18,22 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
 
-from agent.errors import AgentError
-from agent.repository import ModelRepository
+from agent.errors import AgentError, VersionNotFoundError
+from agent.repository import ModelRepository, ModelVersion
 from platforms.artifact import TensorSpec
 from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
 from worker.engine.batcher import Outputs
-from worker.engine.configured import describe
+from worker.engine.configured import describe, read_version_choice
 from worker.engine.costs import ROWS_MAX
 from worker.engine.engine import Engine, ServedModel
+from worker.engine.modelconfig.serving import VersionChoice
 from worker.engine.service import (
     INLINE_S,
     IndexEntry,
@@ -44,7 +45,7 @@ from worker.engine.service import (
 )
 from worker.engine.sessions import LoadedModel, ModelKey
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
-from worker.errors import ModelUnavailableError, WorkerError
+from worker.errors import ModelConfigError, ModelUnavailableError, WorkerError
 from worker.processing.classify import TopK
 
 WATCH_S = 0.5
@@ -134,6 +135,7 @@ class EngineService:
         self._inline_rows: dict[ModelKey, int] = {}
         self._loads: dict[ModelKey, Future[LoadedModel]] = {}
         self._failures: dict[ModelKey, tuple[float, str]] = {}
+        self._choices: dict[ModelKey, VersionChoice] = {}
         self._unloaded: set[str] = set()
         self._lock = Lock()
         self._loader = ThreadPoolExecutor(_LOADS_AT_A_TIME, thread_name_prefix="edgeward-load")
@@ -328,9 +330,33 @@ class EngineService:
         Raises:
             AgentError: there is no such model or version.
         """
-        if version is not None:
-            return ModelKey.from_folder(self._repository.get_version(name, version).folder)
-        return ModelKey.from_folder(self._repository.get_folder(name))
+        if version is None:
+            return ModelKey.from_folder(self._repository.get_folder(name))
+        found = self._repository.get_version(name, version)
+        if found.number not in self._choose_versions(self._repository.list_versions(name)):
+            msg = f"model {name!r}: version {version} is not among those its version_policy serves"
+            raise VersionNotFoundError(msg)
+        return ModelKey.from_folder(found.folder)
+
+    def _choose_versions(self, versions: Sequence[ModelVersion]) -> set[int]:
+        """Return the numbers that may be asked for: the active one, and what its policy says."""
+        active = next((one for one in versions if one.is_active), None)
+        choice = VersionChoice(None)
+        if active is not None:
+            key = ModelKey.from_folder(active.folder)
+            choice = self._choices.get(key) or self._read_choice(key)
+        found = {active.number} if active is not None else set()
+        return found.union(choice.choose(one.number for one in versions))
+
+    def _read_choice(self, key: ModelKey) -> VersionChoice:
+        try:
+            choice = read_version_choice(key.folder)
+        except (AgentError, ModelConfigError) as exc:
+            # It will not load either, and its other versions are not to suffer for that.
+            _log.warning("%s: its version_policy cannot be read: %s", key.name, exc)
+            choice = VersionChoice(None)
+        self._choices[key] = choice
+        return choice
 
     # --- loading --------------------------------------------------------------------------
 
@@ -420,13 +446,13 @@ class EngineService:
             ModelUnavailableError: it has been unloaded, or does not load.
         """
         found = self._find(model, version) or await self._open(model, version)
-        versions = await asyncio.to_thread(self._repository.list_versions, model)
+        versions = await asyncio.to_thread(self._list_taken, model)
         loaded = found.model
         config = build_config(model, found.served, loaded)
         return ModelInfo(
             name=model,
             version=found.served.key.version,
-            versions=tuple(str(one.number) for one in versions),
+            versions=versions,
             platform=_PLATFORMS.get(loaded.runtime, loaded.runtime),
             inputs=loaded.session.inputs,
             outputs=loaded.session.outputs,
@@ -435,16 +461,23 @@ class EngineService:
             labels=_find_labels(loaded),
         )
 
+    def _list_taken(self, name: str) -> tuple[str, ...]:
+        taken = self._choose_versions(self._repository.list_versions(name))
+        return tuple(str(number) for number in sorted(taken))
+
     def list_index(self, *, is_ready: bool = False) -> list[IndexEntry]:
         """Return every model version, or those that take requests; reads the manifests."""
         entries = []
         for name in self._repository.list_models():
             try:
                 versions = self._repository.list_versions(name)
+                taken = self._choose_versions(versions)
             except AgentError:
                 # Removed since it was listed.
                 continue
             for version in versions:
+                if version.number not in taken:
+                    continue
                 entry = self._describe(name, ModelKey.from_folder(version.folder))
                 if not is_ready or entry.status is ModelStatus.READY:
                     entries.append(entry)
@@ -580,7 +613,7 @@ def _build_small_config(name: str, served: ServedModel, model: LoadedModel) -> d
     return {
         "name": name,
         "platform": _PLATFORMS.get(model.runtime, model.runtime),
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": {"all": {}},
         "max_batch_size": _max_batch_size(served),
         "input": _build_tensors(model.session.inputs, model),
         "output": _build_tensors(model.session.outputs, model),

@@ -268,6 +268,16 @@ class SessionCache:
         slot.last_used = time.monotonic()
         return slot.future.result()
 
+    def is_loaded(self, key: ModelKey) -> bool:
+        """Say whether the model of `key` is loaded, without using it."""
+        slot = self._slots.get(key)
+        return slot is not None and slot.future.done() and slot.future.exception() is None
+
+    @property
+    def budget_mb(self) -> float | None:
+        """What all models together may take; None: no bounds."""
+        return None if self._budget is None else self._budget.mb
+
     def find_record(self, key: ModelKey) -> MemoryRecord | None:
         """Return what the model of `key` takes, or took when it was loaded last."""
         return self._records.get(key)

@@ -4,8 +4,7 @@ ServingError (worker.errors)
 ├── RequestFormatError        the request is not one of the protocol
 │   ├── UnsupportedRequestError   it asks for something of Triton's that is not offered here
 │   └── BodyTooLargeError         its body is larger than `http.body_bytes`
-├── ServerBusyError           as many requests, or bytes of them, are under way as may be
-└── HttpUnavailableError      the server cannot start: address, certificate, package
+└── ServerBusyError           as many requests, or bytes of them, are under way as may be
 (`worker.rest.predict.PredictionError` is a WorkerError that carries an error of the engine.)
 
 Source of the statuses: the table in Triton's `src/http_server.cc`: 400 for a bad request, 404 for
@@ -49,12 +48,6 @@ class ServerBusyError(ServingError):
 
     code = "server_busy"
     retryable: ClassVar[bool] = True
-
-
-class HttpUnavailableError(ServingError):
-    """The HTTP server cannot start: its address, certificate or token, or a package is missing."""
-
-    code = "http_unavailable"
 
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (

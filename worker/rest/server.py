@@ -23,8 +23,8 @@ import uvicorn
 
 from agent.config import HttpSettings
 from worker.engine.service import Service
+from worker.errors import HttpUnavailableError
 from worker.rest.application import App, Application, Bounds, Load
-from worker.rest.errors import HttpUnavailableError
 from worker.rest.management import Extras, build_management
 from worker.rest.protocol import BoundedProtocol
 
