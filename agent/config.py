@@ -249,7 +249,7 @@ class WorkerSettings(_Section):
 
 
 class MetricsSettings(_Section):
-    """The agent's metrics for Prometheus; the workers' are with their HTTP API."""
+    """The agent's metrics for Prometheus; the inference worker's are on its HTTP API."""
 
     host: str = Field(default="127.0.0.1", description="Address the agent's metrics are served on.")
     port: int | None = Field(
