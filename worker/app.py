@@ -37,7 +37,7 @@ from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure, warm_up
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
-from worker.engine.memory import MemoryBudget
+from worker.engine.memory import MemoryBudget, keep_one_arena
 from worker.errors import WorkerError
 from worker.frontend import Frontend, build_costs
 from worker.heartbeat import EXIT_HUNG, Heartbeat
@@ -265,4 +265,5 @@ class Worker:
 
 def run_worker(settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> int:
     """Run a worker of these lanes until a signal ends it; return the exit code."""
+    keep_one_arena()
     return Worker(settings, lanes, slot).run()

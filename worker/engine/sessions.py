@@ -176,6 +176,8 @@ class SessionCache:
             is_alone = self._is_only_load(slot)
             before_mb = self._read_mb()
             model = loader()
+            # What reading a file took: half again of the model, and it would stay for ever.
+            release_freed()
             # The first runs are over, too: the loader's probe of the batch axis has made them.
             taken_mb = self._read_mb() - before_mb
             is_alone = is_alone and self._is_only_load(slot)
