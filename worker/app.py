@@ -31,13 +31,14 @@ from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import INFER_TASK, celery_settings, lane_queue
 from platforms.errors import PlatformError
+from platforms.heap import limit_heaps
 from platforms.resources import read_resources
 from worker.crashes import report_predecessors
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure, warm_up
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
-from worker.engine.memory import MemoryBudget, keep_one_arena
+from worker.engine.memory import MemoryBudget
 from worker.errors import WorkerError
 from worker.frontend import Frontend, build_costs
 from worker.heartbeat import EXIT_HUNG, Heartbeat
@@ -265,5 +266,5 @@ class Worker:
 
 def run_worker(settings: Settings, lanes: Sequence[Lane], slot: str | None = None) -> int:
     """Run a worker of these lanes until a signal ends it; return the exit code."""
-    keep_one_arena()
+    limit_heaps()
     return Worker(settings, lanes, slot).run()

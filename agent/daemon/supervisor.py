@@ -7,6 +7,7 @@ Stop: intake ends first, then everything committed is reported as far as the
 connection allows, `stopped` is published, the store is closed.
 """
 
+import gc
 import json
 import logging
 import signal
@@ -27,7 +28,6 @@ from agent.daemon.dispatch import Dispatcher
 from agent.daemon.guard import Guard
 from agent.daemon.inbox import Inbox
 from agent.daemon.intake import Intake
-from agent.daemon.memory import limit_arenas, release_memory
 from agent.daemon.messages import Call, Message, SyncDue, Wake
 from agent.daemon.metrics import AgentCollector, JobTimes, MetricsServer
 from agent.daemon.mqtt import MqttSession
@@ -55,6 +55,7 @@ from agent.store.recovery import check_whole, suspect_ledger
 from agent.store.retention import Retention
 from agent.topics import Topics
 from agent.window import BoxView
+from platforms.heap import limit_heaps, release_freed
 from platforms.resources import read_is_on_mains, read_resources
 from platforms.spec import PlatformSpec
 
@@ -341,7 +342,7 @@ class Agent:
             if not is_ready and all(count() for count in loops.values()):
                 is_ready = True
                 notify("READY=1")
-                release_memory()
+                _release_memory()
             if stalled:
                 log.error("these loops stand still: %s", ", ".join(stalled))
             elif watchdog_s and is_ready:
@@ -362,7 +363,7 @@ class Agent:
                 next_keeping = now + _HOUSEKEEPING_S
                 self._forget_old()
                 self._storage.maintain()
-                release_memory()
+                _release_memory()
 
     def _beat(self) -> None:
         """Publish a heartbeat, or keep it for later while there is no connection."""
@@ -376,7 +377,7 @@ class Agent:
         """Give memory back when a burst is over; say whether one is going on."""
         is_busy = self._writer.open_jobs > 0
         if was_busy and not is_busy:
-            release_memory()
+            _release_memory()
         return is_busy
 
     def _report_models(self) -> None:
@@ -507,6 +508,12 @@ def _find_stalled(
     return stalled
 
 
+def _release_memory() -> None:
+    """Collect garbage and give free memory back; takes some milliseconds."""
+    gc.collect()
+    release_freed()
+
+
 def _read_version() -> str:
     import importlib.metadata
 
@@ -518,6 +525,6 @@ def _read_version() -> str:
 
 def run_agent(settings: Settings) -> None:
     """Run the agent of this box until a signal ends it."""
-    limit_arenas()
+    limit_heaps()
     Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
     Agent(settings).run()

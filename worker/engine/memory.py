@@ -9,20 +9,19 @@ in their order, or raises; the process outlives a run that got no memory.
 """
 
 import contextlib
-import ctypes
 import logging
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from threading import Lock
 
 import numpy as np
 import psutil
 
 from platforms.errors import PlatformError
+from platforms.heap import release_freed
 from platforms.runtimes.base import Array, RunStop, Session
 from worker.errors import OutOfMemoryError, OutputError
 
@@ -34,9 +33,6 @@ _OUT_OF_MEMORY = re.compile(
     r"|not enough memory|out of memory",
     re.IGNORECASE,
 )
-
-_M_ARENA_MAX = -8
-"""Source: glibc's malloc.h."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,41 +73,6 @@ def read_process_mb() -> float:
     more private than resident memory) and absent outside Linux.
     """
     return float(psutil.Process().memory_info().rss) / _MB
-
-
-@cache
-def _find_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        # Of the C library that is loaded already; musl has none.
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-    found: Callable[[int], int] = trim
-    return found
-
-
-def release_freed() -> bool:
-    """Give memory that is free inside the C library back to the kernel; some milliseconds.
-
-    Does nothing, and says so, where the C library is not glibc.
-    """
-    trim = _find_trim()
-    return trim is not None and bool(trim(0))
-
-
-def keep_one_arena() -> bool:
-    """Let all threads allocate from one heap; to be called before there are any.
-
-    glibc gives each thread a heap of its own, and what one of them freed stays there: 5 to 7 MB in
-    a worker with two small models. Python's objects and onnxruntime's tensors come from allocators
-    of their own, so that hardly anybody waits for the one lock.
-    """
-    if _find_trim() is None:
-        return False
-    return bool(ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1))
 
 
 class ReleaseAtEnd:

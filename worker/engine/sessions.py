@@ -28,6 +28,7 @@ from agent.errors import AgentError
 from agent.manifest import MANIFEST_FILE, Manifest, read_manifest, verify_files
 from platforms.artifact import ArtifactSpec, TensorSpec
 from platforms.errors import ModelLoadError, PlatformError
+from platforms.heap import release_freed
 from platforms.runtimes.base import DTYPES, Array, Declared, LoadOptions, Runtime, Session
 from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime
 from platforms.selection import select_artifact
@@ -38,7 +39,6 @@ from worker.engine.memory import (
     MemoryRecord,
     ReleaseAtEnd,
     read_process_mb,
-    release_freed,
 )
 from worker.errors import MemoryBudgetError
 from worker.processing.registry import build_postprocessors, build_preprocessor, is_built_in
