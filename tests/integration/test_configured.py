@@ -12,7 +12,7 @@ from agent.repository import ModelRepository
 from platforms.artifact import Datatype
 from platforms.errors import TensorError
 from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import Arch, Os, PlatformSpec, RuntimeFinding, RuntimeStatus
 from tests.integration.test_serving import ask, write_scale
 from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.configured import apply_config, configure, warm_up
@@ -88,6 +88,58 @@ def test_measured_batch_holds_below_the_configured_one() -> None:
 def test_no_configuration_changes_nothing() -> None:
     options = BatchOptions(max_rows=8, instances=2)
     assert apply_config(options, ServingConfig()) == options
+
+
+_FALLING_BACK = """
+from dataclasses import replace
+
+from platforms.artifact import ArtifactFormat
+from platforms.runtimes.base import CPU_PROVIDER
+from platforms.runtimes.ort import OrtRuntime
+from platforms.runtimes.registry import RuntimeEntry
+
+ENTRY = RuntimeEntry("gpu", "gpu_runtime:GpuRuntime", frozenset({ArtifactFormat.ONNX}), "gpu")
+
+
+class GpuRuntime(OrtRuntime):
+    name = "gpu"
+
+    def _load(self, path, options):
+        wanted = ("CUDAExecutionProvider", CPU_PROVIDER)
+        return super()._load(path, replace(options, providers=wanted))
+"""
+
+
+def test_fall_back_to_the_cpu_is_told_once_per_load_and_shown_to_clients(
+    spec: PlatformSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    info = tmp_path / "site" / "gpu_runtime-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-runtime\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgeward.runtimes]\ngpu = gpu_runtime:ENTRY\n")
+    (tmp_path / "site" / "gpu_runtime.py").write_text(_FALLING_BACK)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    proven = RuntimeFinding("gpu", RuntimeStatus.PROVEN)
+    repository = ModelRepository(tmp_path / "models")
+    repository.add(write_scale(tmp_path / "source", 3))
+    engine = Engine(replace(spec, runtimes=(proven,)), configure=configure)
+    service = EngineService(engine, repository)
+
+    for _ in range(2):
+        assert asyncio.run(service.infer(ask())).outputs["y"].tolist() == [[3, 6]]
+
+    said = "asked for CUDAExecutionProvider, running on CPUExecutionProvider"
+    (warning,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "scale 1.0.0 (model.onnx on" in warning.getMessage()
+    assert said in warning.getMessage()
+    shown = asyncio.run(service.get_info("scale")).config["edgeward"]["runtime"]
+    assert shown["provider"] == "CPUExecutionProvider"
+    assert said in shown["findings"][0]
+    assert sum(shown["assignment"].values()) >= 1
+    service.close()
 
 
 def test_rules_of_each_priority_reach_the_batcher() -> None:
