@@ -405,6 +405,11 @@ class Settings(BaseSettings):
         return self.inbox.outbox or self.data_dir / "outbox"
 
     @property
+    def costs_dir(self) -> Path:
+        """What batches of each model cost here, as measured."""
+        return self.data_dir / "cache" / "costs"
+
+    @property
     def results_dir(self) -> Path:
         """Folder of results too large to travel inline."""
         return self.data_dir / "results"

@@ -131,7 +131,8 @@ def _prepare_triton(folder: Path, models: Path, _port: int) -> None:
         )
 
 
-def _run_triton(python: str, folder: Path, port: int) -> Sequence[str]:
+def run_triton(python: str, folder: Path, port: int) -> Sequence[str]:
+    """Return the command of the Triton in an environment, for models in `folder`."""
     code = "import pytriton, pathlib; print(pathlib.Path(pytriton.__file__).parent)"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     home = Path(found.stdout.strip()) / "tritonserver"
@@ -242,7 +243,7 @@ SERVERS = (
     Server(
         "triton",
         ("nvidia-pytriton", _ORT),
-        _run_triton,
+        run_triton,
         lambda model: build_body(model, is_binary=True),
         _prepare_triton,
     ),

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from platforms.telemetry import forbid_telemetry
+
 _OPTIONS = {"--config": "config", "--data-dir": "data_dir", "--device": "device_id"}
 
 
@@ -69,6 +71,8 @@ def _serve_agent(settings: Any) -> int:
 
 def main() -> None:
     """Run the command line; ends the process with the command's exit code."""
+    # Here too, for what a user's own step or a demo imports.
+    forbid_telemetry()
     options = find_agent_options(sys.argv[1:])
     settings = None if options is None else _load(options)
     if settings is not None:

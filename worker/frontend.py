@@ -42,7 +42,7 @@ def build_costs(settings: Settings) -> CostPolicy | None:
     """
     if not is_wanted(settings):
         return None
-    return CostPolicy(folder=settings.data_dir / "cache" / "costs")
+    return CostPolicy(folder=settings.costs_dir)
 
 
 class Frontend:

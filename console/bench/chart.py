@@ -46,6 +46,8 @@ _STYLE: Any = {
 _PANEL_INCHES = (4.6, 2.7)
 _DPI = 160
 
+Costs = Sequence[tuple[int, float]]
+"""Pairs of rows and milliseconds."""
 Axis = Callable[[Point], int]
 
 
@@ -95,6 +97,48 @@ def draw_report(report: Report, path: Path) -> None:
                 axes.set_title(title, pad=10)
                 axes.set_xlabel(label if row else "")
         _add_heading(figure, grid[0][0], report)
+        _save(figure, path)
+
+
+def draw_costs(title: str, costs: Costs, chosen_rows: int, path: Path) -> None:
+    """Write the picture of what batches of a model cost; its suffix is the format.
+
+    Args:
+        title: above the picture.
+        costs: pairs of rows and milliseconds, by rows, ascending.
+        chosen_rows: the largest batch that is made.
+        path: of the picture.
+
+    Raises:
+        InputFileError, PlotMissingError: as `check_format`.
+    """
+    check_format(path)
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row, _ in costs]
+    panels = (
+        ("Latency of a run, ms", [ms for _, ms in costs]),
+        ("Throughput, rows per second", [1000 * row / ms for row, ms in costs]),
+    )
+    with mpl.rc_context(_STYLE):
+        width, height = _PANEL_INCHES
+        figure = Figure(figsize=(2 * width + 0.4, height + 1.0))
+        FigureCanvasAgg(figure)
+        for number, (axes, (name, values)) in enumerate(
+            zip(figure.subplots(1, 2), panels, strict=True)
+        ):
+            axes.plot(rows, values, color=_COLOURS[number], marker=_MARKERS[number])
+            axes.axvline(chosen_rows, color="#888888", linestyle="--", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rows, [str(row) for row in rows])
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", color=_FAINT)
+            axes.set_title(name, pad=10)
+            axes.set_xlabel(f"Rows in a run; dashed: the largest batch made, {chosen_rows}")
+        figure.suptitle(title, x=0.02, ha="left")
+        figure.tight_layout()
         _save(figure, path)
 
 

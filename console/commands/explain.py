@@ -1,6 +1,8 @@
 """`edgeward explain`: why a model runs as it does, and why a job is where it is."""
 
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,10 +11,14 @@ from console.invocation import Invocation, command
 from console.output import build_facts, build_table, colour_state
 
 if TYPE_CHECKING:
+    from agent.manifest import Manifest
     from console.explanation import Step
     from platforms.selection import Selection
+    from platforms.spec import PlatformSpec
+    from worker.engine.costs import KeptCurve
 
 app = typer.Typer(help="Say why.", no_args_is_help=True)
+_NOT_MEASURED = "not measured yet: the first load on a box with the HTTP API on does that"
 _TIMINGS = ("queue", "pre", "infer", "post")
 
 
@@ -27,8 +33,14 @@ def explain_model(
     version: Annotated[
         str | None, typer.Argument(help="Number or release; else the active one.")
     ] = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load it, to see what its runtime says of it.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what batches cost, as .svg, .png or .pdf.")
+    ] = None,
 ) -> None:
-    """Say which file of a model runs on this box, and what speaks against the others."""
+    """Say which file of a model runs on this box, why not the others, and what batches cost."""
     from agent.manifest import read_manifest
     from agent.platformfile import load_platform
     from agent.repository import ModelRepository
@@ -49,7 +61,84 @@ def explain_model(
         "objective": manifest.objective,
     }
     candidates = [_describe(item) for item in selection.candidates]
-    call.out.show({**facts, "candidates": candidates}, lambda: _render_model(facts, selection))
+    chosen = selection.chosen
+    kept = None if chosen is None else _find_costs(call, chosen.artifact, manifest)
+    loaded = _load(call, found.folder, spec) if load else None
+    document = {
+        **facts,
+        "candidates": candidates,
+        "serving": _describe_serving(found.folder, manifest),
+        "batching": _describe_costs(kept),
+        "loaded": loaded,
+    }
+    call.out.show(document, lambda: _render_model(document, selection, kept))
+    if plot is not None:
+        _draw(call, f"{name}, version {found.number}", kept, plot)
+
+
+def _find_costs(call: Invocation, artifact: Any, manifest: "Manifest") -> "KeptCurve | None":
+    from worker.engine.costs import find_curves, get_objective
+
+    objective = get_objective(manifest.objective)
+    kept = find_curves(call.settings.costs_dir, artifact.sha256, objective)
+    return kept[0] if kept else None
+
+
+def _describe_costs(kept: "KeptCurve | None") -> dict[str, Any] | None:
+    if kept is None:
+        return None
+    measured_at = datetime.fromtimestamp(kept.measured_s, UTC).isoformat(timespec="seconds")
+    return {**kept.curve.to_json(), "measured_at": measured_at, "file": str(kept.path)}
+
+
+def _describe_serving(folder: Path, manifest: "Manifest") -> dict[str, Any]:
+    """Return what the model's configuration asks for; None stands for Edgeward's own choice."""
+    from worker.engine.modelconfig.source import build_serving, find_config
+    from worker.errors import ModelConfigError
+
+    try:
+        serving = build_serving(find_config(folder, manifest), manifest)
+    except ModelConfigError as exc:
+        return {"error": exc.code, "message": str(exc)}
+    return {
+        "max_rows": serving.max_rows,
+        "is_batching": serving.is_batching,
+        "preferred_rows": list(serving.preferred_rows),
+        "max_queue_delay_s": serving.max_queue_delay_s,
+        "instances": serving.instances,
+        "queue_requests": serving.queue.max_queue_size or None,
+        "timeout_s": serving.queue.timeout_s or None,
+        "response_cache": serving.response_cache,
+        "warmup": [sample.name for sample in serving.warmup],
+    }
+
+
+def _load(call: Invocation, folder: Path, spec: "PlatformSpec") -> dict[str, Any]:
+    from worker.engine.sessions import load_model
+    from worker.engine.threads import compute_threads
+
+    with call.out.spinner("loading the model"):
+        model = load_model(folder, spec, compute_threads(spec.cores, 1))
+    found = {
+        "runtime": model.runtime,
+        "provider": model.provider,
+        "load_ms": round(model.load_ms, 1),
+        "is_batchable": model.is_batchable,
+        "findings": list(model.session.findings),
+    }
+    model.session.close()
+    return found
+
+
+def _draw(call: Invocation, title: str, kept: "KeptCurve | None", path: Path) -> None:
+    from console.bench.chart import draw_costs
+
+    if kept is None:
+        call.out.note(f"no plot: {_NOT_MEASURED}")
+        return
+    points = [(point.rows, point.latency_ms) for point in kept.curve.points]
+    draw_costs(title, points, kept.curve.chosen_rows, path)
+    call.out.note(f"plot: {path}")
 
 
 def _describe(candidate: Any) -> dict[str, Any]:
@@ -65,7 +154,7 @@ def _describe(candidate: Any) -> dict[str, Any]:
     }
 
 
-def _render_model(facts: dict[str, Any], selection: "Selection") -> Any:
+def _render_model(facts: dict[str, Any], selection: "Selection", kept: "KeptCurve | None") -> Any:
     from rich.console import Group
     from rich.text import Text
 
@@ -91,7 +180,33 @@ def _render_model(facts: dict[str, Any], selection: "Selection") -> Any:
             ("Objective", facts["objective"]),
         ]
     )
-    return Group(head, Text(), table)
+    parts = [head, Text(), table, Text(), *_render_costs(facts["batching"], kept)]
+    asked = {key: value for key, value in facts["serving"].items() if value not in (None, [], 0)}
+    parts += [Text(), build_facts([("Configured", _word(asked))])]
+    if facts["loaded"] is not None:
+        parts.append(build_facts([("Loaded", _word(facts["loaded"]))]))
+    return Group(*parts)
+
+
+def _render_costs(batching: dict[str, Any] | None, kept: "KeptCurve | None") -> list[Any]:
+    if batching is None or kept is None:
+        return [build_facts([("Batches", _NOT_MEASURED)])]
+    rows = [
+        (
+            point.rows,
+            f"{point.latency_ms:.3f}",
+            f"{point.per_row_ms:.4f}",
+            f"{1000 / point.per_row_ms:,.0f}",
+            "largest batch made" if point.rows == kept.curve.chosen_rows else "",
+        )
+        for point in kept.curve.points
+    ]
+    table = build_table(("Rows", "ms", "ms a row", "Rows/s", ""), rows)
+    return [build_facts([("Batches", batching["reason"])]), table]
+
+
+def _word(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "nothing"
 
 
 def explain_job_state(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
 from platforms.errors import ModelLoadError, RunStoppedError, RuntimeMissingError, TensorError
+from platforms.telemetry import forbid_telemetry
 
 Array = NDArray[Any]
 
@@ -312,6 +313,7 @@ class Runtime(ABC):
         Raises:
             RuntimeMissingError: it is not installed, or is but cannot be imported here.
         """
+        forbid_telemetry()
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as exc:

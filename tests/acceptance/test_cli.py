@@ -177,6 +177,9 @@ def test_model_is_explained_with_every_candidate(box: UpProcess) -> None:
     verdicts = {item["file"]: item["verdict"] for item in document["candidates"]}
     assert verdicts == {"digits.onnx": "chosen", "digits.int8.onnx": "compatible"}
     assert all(item["reason"] for item in document["candidates"])
+    # This box has no HTTP API, for which alone batches are measured.
+    assert document["batching"] is None
+    assert "not measured yet" in box.run("explain", "model", "digits").stdout
     assert "digits.int8.onnx" in box.run("explain", "model", "digits").stdout
 
 

@@ -112,6 +112,23 @@ def test_configuration_of_a_bare_file_is_completed_and_its_costs_are_measured(
 
 
 @pytest.mark.usefixtures("models")
+def test_costs_are_explained_as_the_worker_measured_them(
+    up: UpProcess, client: Any, tmp_path: Path
+) -> None:
+    batching = client.get_model_config("mlp")["edgeward"]["batching"]
+    picture = tmp_path / "costs.svg"
+    found = up.ask("explain", "model", "mlp", "--load", "--plot", picture)
+    assert found["batching"]["points"] == batching["points"]
+    assert found["batching"]["reason"] == batching["reason"]
+    assert found["loaded"]["runtime"] == "ort"
+    assert found["loaded"]["findings"] == []
+    assert found["serving"]["response_cache"] is False
+    assert "Rows in a run" in picture.read_text()
+    text = up.run("explain", "model", "mlp").stdout
+    assert "largest batch made" in text
+
+
+@pytest.mark.usefixtures("models")
 def test_image_is_answered_with_labels(up: UpProcess, port: int, tmp_path: Path) -> None:
     picture = write_digit(tmp_path)
     job = up.ask("submit", "digits", "--input", picture, "--wait", 30)

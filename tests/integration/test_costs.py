@@ -18,6 +18,7 @@ from worker.engine.costs import (
     CostPolicy,
     Objective,
     build_curve,
+    find_curves,
     load_curve,
     make_inputs,
     measure_costs,
@@ -129,6 +130,12 @@ def test_kept_curve_is_used_until_something_it_depends_on_differs(tmp_path: Path
     other = CostPolicy(objective=Objective.THROUGHPUT, folder=policy.folder)
     assert load_curve(other, ("sha", "ort"), measure).objective is Objective.THROUGHPUT
     assert len(measured) == 2
+
+    newest, oldest = find_curves(tmp_path / "costs", "sha", Objective.LATENCY_P95)
+    assert (newest.identity, oldest.identity) == (("sha", "another"), ("sha", "ort"))
+    assert oldest.curve == first
+    assert find_curves(tmp_path / "costs", "other", Objective.LATENCY_P95) == []
+    assert find_curves(tmp_path / "none", "sha", Objective.LATENCY_P95) == []
 
 
 @pytest.mark.parametrize(

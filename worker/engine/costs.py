@@ -54,6 +54,14 @@ class Objective(StrEnum):
     """The lowest cost per row, whatever its latency."""
 
 
+def get_objective(name: str) -> Objective:
+    """Return what a manifest's `objective` means for batches.
+
+    Memory and energy say nothing about them: those take the default.
+    """
+    return Objective.THROUGHPUT if name == Objective.THROUGHPUT else Objective.LATENCY_P95
+
+
 @dataclass(frozen=True, slots=True)
 class CostPoint:
     """The latency of one batch."""
@@ -97,6 +105,7 @@ class CostPolicy:
     """How models are measured."""
 
     objective: Objective = Objective.LATENCY_P95
+    """The engine puts the model's own in its place."""
     budget_s: float = 1.0
     """Longest time for one model; a run of a single row is always measured."""
     rows_max: int = ROWS_MAX
@@ -289,12 +298,50 @@ def load_curve(
     if points is not None:
         return build_curve(points, policy.objective)
     curve = measure()
+    of = {"identity": [str(part) for part in identity], "measured_at": time.time()}
     try:
         policy.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(curve.to_json()))
+        write_atomic(path, json.dumps({**curve.to_json(), **of}))
     except OSError as exc:
         _log.warning("a cost curve is not kept, so the next start measures again: %s", exc)
     return curve
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCurve:
+    """A curve on file, and what it is of."""
+
+    curve: CostCurve
+    identity: tuple[str, ...]
+    """As `load_curve` was given it: the artifact's sha256 first."""
+    measured_s: float
+    """When: wall clock, seconds since 1970."""
+    path: Path
+
+
+def find_curves(folder: Path, sha256: str, objective: Objective) -> list[KeptCurve]:
+    """Return the curves kept of an artifact, the newest first.
+
+    There are several where a runtime's version, the threads or the box have changed.
+
+    Args:
+        folder: of the curves.
+        sha256: of the artifact.
+        objective: to choose by.
+    """
+    found = []
+    for path in folder.glob("*.json"):
+        points = _read_points(path)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            identity = tuple(map(str, document["identity"]))
+            measured_s = float(document["measured_at"])
+        except (OSError, ValueError, TypeError, KeyError):
+            # Of an older Edgeward, or removed since.
+            continue
+        if points is not None and identity[:1] == (sha256,):
+            found.append(KeptCurve(build_curve(points, objective), identity, measured_s, path))
+    return sorted(found, key=lambda kept: kept.measured_s, reverse=True)
 
 
 def _read_points(path: Path) -> list[CostPoint] | None:

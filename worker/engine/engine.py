@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agent.errors import AgentError
+from agent.manifest import read_manifest
 from platforms.errors import PlatformError
 from platforms.runtimes.base import Array
 from platforms.runtimes.registry import get_runtime
@@ -30,7 +31,14 @@ from platforms.spec import PlatformSpec
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.batcher import Batcher, BatchOptions, Outputs, run_stacked
 from worker.engine.control import InferError, RunControl
-from worker.engine.costs import ROWS_MAX, CostCurve, CostPolicy, load_curve, measure_costs
+from worker.engine.costs import (
+    ROWS_MAX,
+    CostCurve,
+    CostPolicy,
+    get_objective,
+    load_curve,
+    measure_costs,
+)
 from worker.engine.memory import MemoryBudget
 from worker.engine.sessions import (
     LoadedModel,
@@ -216,9 +224,11 @@ class Engine:
         return model
 
     def _measure(self, model: LoadedModel) -> CostCurve | None:
-        policy, name = self._costs, f"{model.name} {model.version}"
-        if policy is None:
+        if self._costs is None:
             return None
+        name = f"{model.name} {model.version}"
+        objective = get_objective(read_manifest(model.folder).objective)
+        policy = replace(self._costs, objective=objective)
         identity = (
             model.artifact.sha256,
             model.runtime,
