@@ -45,6 +45,8 @@ _STYLE: Any = {
 }
 _PANEL_INCHES = (4.6, 2.7)
 _DPI = 160
+# From here on figures are shown without decimals.
+_WHOLE = 1000
 
 Costs = Sequence[tuple[int, float]]
 """Pairs of rows and milliseconds."""
@@ -100,11 +102,12 @@ def draw_report(report: Report, path: Path) -> None:
         _save(figure, path)
 
 
-def draw_costs(title: str, costs: Costs, chosen_rows: int, path: Path) -> None:
+def draw_costs(title: str, reason: str, costs: Costs, chosen_rows: int, path: Path) -> None:
     """Write the picture of what batches of a model cost; its suffix is the format.
 
     Args:
         title: above the picture.
+        reason: why so many rows were chosen, one line below the title.
         costs: pairs of rows and milliseconds, by rows, ascending.
         chosen_rows: the largest batch that is made.
         path: of the picture.
@@ -117,29 +120,50 @@ def draw_costs(title: str, costs: Costs, chosen_rows: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row, _ in costs]
     panels = (
         ("Latency of a run, ms", [ms for _, ms in costs]),
         ("Throughput, rows per second", [1000 * row / ms for row, ms in costs]),
     )
+    rows = [row for row, _ in costs]
     with mpl.rc_context(_STYLE):
         width, height = _PANEL_INCHES
-        figure = Figure(figsize=(2 * width + 0.4, height + 1.0))
+        figure = Figure(figsize=(2 * width + 0.4, height + 1.1))
         FigureCanvasAgg(figure)
-        for number, (axes, (name, values)) in enumerate(
-            zip(figure.subplots(1, 2), panels, strict=True)
-        ):
-            axes.plot(rows, values, color=_COLOURS[number], marker=_MARKERS[number])
-            axes.axvline(chosen_rows, color="#888888", linestyle="--", linewidth=1)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(rows, [str(row) for row in rows])
-            axes.set_ylim(bottom=0)
-            axes.grid(axis="y", color=_FAINT)
+        grid = figure.subplots(1, 2)
+        for number, (axes, (name, values)) in enumerate(zip(grid, panels, strict=True)):
+            _draw_costs_panel(axes, number, rows, values, chosen_rows)
             axes.set_title(name, pad=10)
-            axes.set_xlabel(f"Rows in a run; dashed: the largest batch made, {chosen_rows}")
-        figure.suptitle(title, x=0.02, ha="left")
-        figure.tight_layout()
+        top = figure.get_size_inches()[1]
+        _write_heading(figure, title, reason)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.7 / top), w_pad=1.6)
         _save(figure, path)
+
+
+def _draw_costs_panel(
+    axes: Any, number: int, rows: Sequence[int], values: Sequence[float], chosen_rows: int
+) -> None:
+    colour = _COLOURS[number]
+    axes.plot(rows, values, color=colour, linewidth=1.8, zorder=2)
+    axes.scatter(
+        rows, values, s=34, color=colour, marker=_MARKERS[number], edgecolor="white", zorder=3
+    )
+    for row, value in zip(rows, values, strict=True):
+        if row == chosen_rows:
+            axes.axvline(row, color=colour, alpha=0.35, linestyle=(0, (4, 3)), linewidth=1.2)
+            axes.scatter([row], [value], s=130, facecolor="none", edgecolor=colour, zorder=4)
+            axes.annotate(
+                f"{value:,.3g}" if value < _WHOLE else f"{value:,.0f}",
+                (row, value),
+                # Left of the line where there is room: it may rise.
+                xytext=(9, 9) if row == rows[0] else (-9, 9),
+                textcoords="offset points",
+                ha="left" if row == rows[0] else "right",
+                weight="bold",
+                color=colour,
+            )
+    _style_axes(axes, rows)
+    axes.set_ylim(top=1.2 * max(values))
+    axes.set_xlabel(f"Rows in a run; circled: the largest batch made, {chosen_rows}")
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -184,8 +208,12 @@ def _draw_panel(
         points = sorted((point for point in item.points if keep(point)), key=find_x)
         ticks |= {find_x(point) for point in points}
         _draw_line(axes, number, item, [(find_x(p), find_y(p)) for p in points])
+    _style_axes(axes, sorted(ticks))
+
+
+def _style_axes(axes: Any, ticks: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.06)
     axes.set_ylim(bottom=0)
@@ -221,16 +249,11 @@ def _draw_line(
 def _add_heading(figure: Any, axes: Any, report: Report) -> None:
     """Put title, conditions and legend above the panels, all flush left."""
     release = f" {report.model.release}" if report.model.release else ""
+    _write_heading(figure, f"{report.model.name}{release}", _describe(report.box, report))
     height = figure.get_size_inches()[1]
     handles, labels = axes.get_legend_handles_labels()
     per_line = max(1, int(figure.get_size_inches()[0] // 2.6))
     lines = -(-len(labels) // per_line)
-    figure.text(
-        0.012, 1 - 0.16 / height, f"{report.model.name}{release}", size=14, weight="bold", va="top"
-    )
-    figure.text(
-        0.012, 1 - 0.45 / height, _describe(report.box, report), size=9, color="#555555", va="top"
-    )
     figure.legend(
         handles,
         labels,
@@ -243,6 +266,12 @@ def _add_heading(figure: Any, axes: Any, report: Report) -> None:
     )
     top = 1 - (0.72 + 0.22 * lines) / height
     figure.tight_layout(rect=(0, 0, 1, top), h_pad=1.4, w_pad=1.6)
+
+
+def _write_heading(figure: Any, title: str, text: str) -> None:
+    height = figure.get_size_inches()[1]
+    figure.text(0.012, 1 - 0.16 / height, title, size=14, weight="bold", va="top")
+    figure.text(0.012, 1 - 0.45 / height, text, size=9, color="#555555", va="top")
 
 
 def _describe(box: Box, report: Report) -> str:

@@ -1,24 +1,26 @@
 """`edgeward explain`: why a model runs as it does, and why a job is where it is."""
 
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from console.invocation import Invocation, command
+from console.exits import Exit
+from console.invocation import Invocation, command, end_with
 from console.output import build_facts, build_table, colour_state
 
 if TYPE_CHECKING:
-    from agent.manifest import Manifest
+    from agent.config import Settings
+    from agent.repository import ModelVersion
     from console.explanation import Step
-    from platforms.selection import Selection
+    from console.model_explanation import Costs, Setting
+    from platforms.selection import Candidate, Selection
     from platforms.spec import PlatformSpec
-    from worker.engine.costs import KeptCurve
 
 app = typer.Typer(help="Say why.", no_args_is_help=True)
-_NOT_MEASURED = "not measured yet: the first load on a box with the HTTP API on does that"
+_ALWAYS_SHOWN = ("instances", "is_batching", "max_rows", "max_queue_delay_s", "queue")
+"""Settings that are worth a line where nobody has set them."""
 _TIMINGS = ("queue", "pre", "infer", "post")
 
 
@@ -29,119 +31,137 @@ def register(parent: typer.Typer) -> None:
 
 def explain_model(
     call: Invocation,
-    name: Annotated[str, typer.Argument()],
+    name: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="The model's name.")],
     version: Annotated[
         str | None, typer.Argument(help="Number or release; else the active one.")
     ] = None,
     load: Annotated[
-        bool, typer.Option("--load", help="Load it, to see what its runtime says of it.")
+        bool,
+        typer.Option(
+            "--load", help="Load it here as well, to see what its runtime says of itself."
+        ),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw what batches cost, as .svg, .png or .pdf.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw what batches of it cost: .svg, .png or .pdf."),
     ] = None,
 ) -> None:
-    """Say which file of a model runs on this box, why not the others, and what batches cost."""
+    """Say which file of a model runs here, what speaks against the others, what batches cost.
+
+    Costs and settings are read from the box's files, without loading the model and without
+    asking a worker. What only a load tells (the provider that really runs it, findings such as a
+    fall-back to the CPU) needs --load: seconds, and the model's memory.
+    """
     from agent.manifest import read_manifest
     from agent.platformfile import load_platform
     from agent.repository import ModelRepository
+    from console.bench.chart import check_format
+    from console.model_explanation import describe_load, find_costs
     from platforms.runtimes.registry import RUNTIME_FORMATS
     from platforms.selection import select_artifact
 
+    if plot is not None:
+        check_format(plot)
+    name, version = _split_version(name, version)
     found = ModelRepository(call.settings.models_dir).get_version(name, version)
     manifest = read_manifest(found.folder)
     with call.out.spinner("looking at this box"):
         spec = load_platform(call.settings.data_dir)
     selection = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS)
-    facts = {
-        "model": name,
-        "version": found.number,
-        "release": found.release,
-        "active": found.is_active,
-        "box": spec.hardware_class,
-        "objective": manifest.objective,
-    }
-    candidates = [_describe(item) for item in selection.candidates]
-    chosen = selection.chosen
-    kept = None if chosen is None else _find_costs(call, chosen.artifact, manifest)
-    loaded = _load(call, found.folder, spec) if load else None
-    document = {
-        **facts,
-        "candidates": candidates,
-        "serving": _describe_serving(found.folder, manifest),
-        "batching": _describe_costs(kept),
-        "loaded": loaded,
-    }
-    call.out.show(document, lambda: _render_model(document, selection, kept))
+    loaded = None
+    if load:
+        with call.out.spinner("loading the model"):
+            loaded = describe_load(call.settings, spec, found.folder)
+    view = _View(
+        found=found,
+        box=spec.hardware_class,
+        objective=manifest.objective,
+        selection=selection,
+        costs=find_costs(call.settings, spec, selection.chosen, manifest, loaded),
+        loaded=loaded,
+    )
+    view.add_settings(call.settings, spec, manifest)
+    call.out.show(view.to_json(), lambda: _render_model(view))
     if plot is not None:
-        _draw(call, f"{name}, version {found.number}", kept, plot)
+        _draw(call, view, plot)
 
 
-def _find_costs(call: Invocation, artifact: Any, manifest: "Manifest") -> "KeptCurve | None":
-    from worker.engine.costs import find_curves, get_objective
+def _split_version(name: str, version: str | None) -> tuple[str, str | None]:
+    """Take `digits:2` apart.
 
-    objective = get_objective(manifest.objective)
-    kept = find_curves(call.settings.costs_dir, artifact.sha256, objective)
-    return kept[0] if kept else None
-
-
-def _describe_costs(kept: "KeptCurve | None") -> dict[str, Any] | None:
-    if kept is None:
-        return None
-    measured_at = datetime.fromtimestamp(kept.measured_s, UTC).isoformat(timespec="seconds")
-    return {**kept.curve.to_json(), "measured_at": measured_at, "file": str(kept.path)}
+    Raises:
+        typer.BadParameter: there are two versions.
+    """
+    bare, colon, inside = name.partition(":")
+    if colon and (version is not None or not inside):
+        raise typer.BadParameter(f"{name!r} and {version!r}: name one version")
+    return bare, inside or version
 
 
-def _describe_serving(folder: Path, manifest: "Manifest") -> dict[str, Any]:
-    """Return what the model's configuration asks for; None stands for Edgeward's own choice."""
-    from worker.engine.modelconfig.source import build_serving, find_config
-    from worker.errors import ModelConfigError
+@dataclass
+class _View:
+    """What is shown of a model version."""
 
-    try:
-        serving = build_serving(find_config(folder, manifest), manifest)
-    except ModelConfigError as exc:
-        return {"error": exc.code, "message": str(exc)}
-    return {
-        "max_rows": serving.max_rows,
-        "is_batching": serving.is_batching,
-        "preferred_rows": list(serving.preferred_rows),
-        "max_queue_delay_s": serving.max_queue_delay_s,
-        "instances": serving.instances,
-        "queue_requests": serving.queue.max_queue_size or None,
-        "timeout_s": serving.queue.timeout_s or None,
-        "response_cache": serving.response_cache,
-        "warmup": [sample.name for sample in serving.warmup],
-    }
+    found: "ModelVersion"
+    box: str
+    objective: str
+    selection: "Selection"
+    costs: "Costs"
+    loaded: dict[str, Any] | None
+    settings: list["Setting"] = field(default_factory=list)
+    problem: tuple[str, str] | None = None
+    """Code and message of what is wrong with its configuration."""
+
+    def add_settings(self, settings: "Settings", spec: "PlatformSpec", manifest: Any) -> None:
+        """Find out how requests wait; what is wrong with the files is part of the answer."""
+        from console.model_explanation import list_settings
+        from worker.errors import ModelConfigError
+
+        is_batchable = self.loaded["is_batchable"] if self.loaded is not None else None
+        try:
+            self.settings = list_settings(
+                settings, spec, self.found.folder, manifest, self.costs.kept, is_batchable
+            )
+        except ModelConfigError as exc:
+            self.problem = (exc.code, str(exc))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document."""
+        serving: dict[str, Any] = {one.name: one.value for one in self.settings}
+        if self.problem is not None:
+            serving = {"error": self.problem[0], "message": self.problem[1]}
+        return {
+            "model": self.found.name,
+            "version": self.found.number,
+            "release": self.found.release,
+            "active": self.found.is_active,
+            "box": self.box,
+            "objective": self.objective,
+            "candidates": [_describe(item) for item in self.selection.candidates],
+            "batching": self.costs.to_json(),
+            "batching_note": self.costs.note,
+            "serving": serving,
+            "serving_from": {one.name: one.origin for one in self.settings},
+            "loaded": self.loaded,
+        }
 
 
-def _load(call: Invocation, folder: Path, spec: "PlatformSpec") -> dict[str, Any]:
-    from worker.engine.sessions import load_model
-    from worker.engine.threads import compute_threads
-
-    with call.out.spinner("loading the model"):
-        model = load_model(folder, spec, compute_threads(spec.cores, 1))
-    found = {
-        "runtime": model.runtime,
-        "provider": model.provider,
-        "load_ms": round(model.load_ms, 1),
-        "is_batchable": model.is_batchable,
-        "findings": list(model.session.findings),
-    }
-    model.session.close()
-    return found
-
-
-def _draw(call: Invocation, title: str, kept: "KeptCurve | None", path: Path) -> None:
+def _draw(call: Invocation, view: _View, path: Path) -> None:
     from console.bench.chart import draw_costs
 
+    kept = view.costs.kept
     if kept is None:
-        call.out.note(f"no plot: {_NOT_MEASURED}")
+        call.out.note(f"no plot: {view.costs.note}")
+        end_with(Exit.ERROR)
         return
     points = [(point.rows, point.latency_ms) for point in kept.curve.points]
-    draw_costs(title, points, kept.curve.chosen_rows, path)
+    title = f"{view.found.name}, version {view.found.number}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_costs(title, kept.curve.reason, points, kept.curve.chosen_rows, path)
     call.out.note(f"plot: {path}")
 
 
-def _describe(candidate: Any) -> dict[str, Any]:
+def _describe(candidate: "Candidate") -> dict[str, Any]:
     artifact = candidate.artifact
     return {
         "file": artifact.file,
@@ -154,8 +174,28 @@ def _describe(candidate: Any) -> dict[str, Any]:
     }
 
 
-def _render_model(facts: dict[str, Any], selection: "Selection", kept: "KeptCurve | None") -> Any:
+def _render_model(view: _View) -> Any:
     from rich.console import Group
+    from rich.text import Text
+
+    found = view.found
+    version = f"{found.number} (release {found.release})"
+    state = "active" if found.is_active else "not active"
+    head = build_facts(
+        [
+            ("Model", f"{found.name}, version {version}, {state}"),
+            ("Box", view.box),
+            ("Objective", view.objective),
+        ]
+    )
+    parts = [head, Text(), _render_candidates(view.selection), Text(), *_render_costs(view.costs)]
+    parts += [Text(), *_render_settings(view)]
+    if view.loaded is not None:
+        parts += [Text(), _render_loaded(view.loaded)]
+    return Group(*parts)
+
+
+def _render_candidates(selection: "Selection") -> Any:
     from rich.text import Text
 
     colours = {"chosen": "green", "compatible": "cyan", "ruled_out": "yellow"}
@@ -170,43 +210,54 @@ def _render_model(facts: dict[str, Any], selection: "Selection", kept: "KeptCurv
         )
         for item in selection.candidates
     ]
-    table = build_table(("File", "Form", "MB", "Runtime", "Verdict", "Why"), rows)
-    version = f"{facts['version']} (release {facts['release']})"
-    state = "active" if facts["active"] else "not active"
-    head = build_facts(
-        [
-            ("Model", f"{facts['model']}, version {version}, {state}"),
-            ("Box", facts["box"]),
-            ("Objective", facts["objective"]),
-        ]
-    )
-    parts = [head, Text(), table, Text(), *_render_costs(facts["batching"], kept)]
-    asked = {key: value for key, value in facts["serving"].items() if value not in (None, [], 0)}
-    parts += [Text(), build_facts([("Configured", _word(asked))])]
-    if facts["loaded"] is not None:
-        parts.append(build_facts([("Loaded", _word(facts["loaded"]))]))
-    return Group(*parts)
+    return build_table(("File", "Form", "MB", "Runtime", "Verdict", "Why"), rows)
 
 
-def _render_costs(batching: dict[str, Any] | None, kept: "KeptCurve | None") -> list[Any]:
-    if batching is None or kept is None:
-        return [build_facts([("Batches", _NOT_MEASURED)])]
+def _render_costs(costs: "Costs") -> list[Any]:
+    from rich.text import Text
+
+    if costs.kept is None:
+        return [build_facts([("Batches", costs.note)])]
+    curve = costs.kept.curve
     rows = [
         (
             point.rows,
-            f"{point.latency_ms:.3f}",
-            f"{point.per_row_ms:.4f}",
+            f"{point.latency_ms:.4g}",
+            f"{point.per_row_ms:.4g}",
             f"{1000 / point.per_row_ms:,.0f}",
-            "largest batch made" if point.rows == kept.curve.chosen_rows else "",
+            Text("◀ largest batch made", style="green") if point.rows == curve.chosen_rows else " ",
         )
-        for point in kept.curve.points
+        for point in curve.points
     ]
-    table = build_table(("Rows", "ms", "ms a row", "Rows/s", ""), rows)
-    return [build_facts([("Batches", batching["reason"])]), table]
+    head = [("Batches", curve.reason), ("", f"{costs.note}; {costs.kept.path}")]
+    return [build_facts(head), build_table(("Rows", "ms", "ms a row", "Rows/s", ""), rows)]
 
 
-def _word(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items()) or "nothing"
+def _render_settings(view: _View) -> list[Any]:
+    from rich.text import Text
+
+    if view.problem is not None:
+        code, message = view.problem
+        return [Text(f"✗ it does not load: {message} [{code}]", style="red")]
+    rows = [
+        (one.name.replace("_", " "), one.words, one.origin)
+        for one in view.settings
+        if one.origin != "default" or one.name in _ALWAYS_SHOWN
+    ]
+    return [build_table(("Setting", "Value", "From"), rows)]
+
+
+def _render_loaded(loaded: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    nodes = ", ".join(f"{count} nodes on {name}" for name, count in loaded["assignment"].items())
+    facts = [("Loaded", f"by {loaded['runtime']} in {loaded['load_ms']:g} ms")]
+    facts.append(("Provider", loaded["provider"] + (f" ({nodes})" if nodes else "")))
+    independent = "rows of a batch come back one by one"
+    facts.append(("Rows", independent if loaded["is_batchable"] else f"not so that {independent}"))
+    findings = [Text(f"✗ {finding}", style="yellow") for finding in loaded["findings"]]
+    return Group(build_facts(facts), *(findings or [Text("✓ no findings", style="green")]))
 
 
 def explain_job_state(

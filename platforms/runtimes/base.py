@@ -148,7 +148,8 @@ class Session(ABC):
         self.assignment = assignment
         """Execution provider → graph nodes it runs; empty where the runtime does not tell."""
         self.findings = findings
-        """What an operator should know, such as a provider that was asked for and does not run."""
+        """What an operator should know, such as a provider that was asked for and does not run;
+        whoever loads it says so, by the model's name."""
         self._expected = {spec.name: (spec, DTYPES[spec.datatype]) for spec in inputs}
 
     def run(

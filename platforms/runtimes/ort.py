@@ -8,7 +8,6 @@ session between threads); external data: onnxruntime 1.32 refuses a path outside
 the model's folder by itself, older releases do not, so it is checked here as well.
 """
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -48,8 +47,6 @@ _DATATYPES: Mapping[str, Datatype] = MappingProxyType(
         "tensor(string)": Datatype.BYTES,
     }
 )
-
-_log = logging.getLogger(__name__)
 
 
 class OrtSession(Session):
@@ -161,8 +158,6 @@ class OrtRuntime(Runtime):
         except _collect_errors(library) as exc:
             msg = f"onnxruntime refuses {path.name}: {exc}"
             raise ModelLoadError(msg) from exc
-        for finding in session.findings:
-            _log.warning("%s: %s", path.name, finding)
         return session
 
 

@@ -1,6 +1,9 @@
 """Prepared models: the same answers, made again when damaged, never a reason to fail."""
 
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -101,6 +104,50 @@ def test_a_folder_that_cannot_be_made_keeps_no_model_from_loading(
 def test_a_model_larger_than_the_cache_is_not_kept(model: Path, tmp_path: Path) -> None:
     assert load(ArtifactCache(tmp_path / "cache", 1000), Log(model))
     assert not (tmp_path / "cache").exists()
+
+
+_PREPARE_FOR_EVER = """
+import sys
+from pathlib import Path
+
+from worker.engine.artifact_cache import ArtifactCache
+
+
+def prepare(folder):
+    (folder / "half.onnx").write_bytes(bytes(1000))
+    print(folder, flush=True)
+    sys.stdin.read()
+
+
+ArtifactCache(Path(sys.argv[1]), 10**8).load("theirs", 1, prepare)
+"""
+
+
+def read_folder(process: "subprocess.Popen[str]") -> Path:
+    """Return where a process prepares its model, as soon as it does."""
+    assert process.stdout is not None
+    return Path(process.stdout.readline().strip())
+
+
+def test_what_a_killed_process_left_half_done_is_swept_and_a_living_one_s_is_not(
+    model: Path, tmp_path: Path
+) -> None:
+    folder, log = tmp_path / "cache", Log(model)
+    command = [sys.executable, "-c", _PREPARE_FOR_EVER, str(folder)]
+    with (
+        subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as killed,
+        subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as living,
+    ):
+        theirs = [read_folder(killed), read_folder(living)]
+        killed.kill()
+        killed.wait(30)
+        assert all((one / "half.onnx").exists() for one in theirs)
+
+        load(ArtifactCache(folder, 10**8), log)
+
+        assert [one.exists() for one in theirs] == [False, True]
+        assert len([one for one in list_entries(folder) if one.name[0] != "."]) == 1
+        living.kill()
 
 
 def test_a_file_that_is_no_model_fails_as_without_a_cache(tmp_path: Path) -> None:

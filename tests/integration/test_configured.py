@@ -12,12 +12,13 @@ from agent.repository import ModelRepository
 from platforms.artifact import Datatype
 from platforms.errors import TensorError
 from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import Arch, Os, PlatformSpec, RuntimeFinding, RuntimeStatus
 from tests.integration.test_serving import ask, write_scale
-from worker.engine.batcher import BatchOptions
+from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.configured import apply_config, configure, warm_up
 from worker.engine.engine import Engine
-from worker.engine.modelconfig.serving import QueuePolicy, ServingConfig
+from worker.engine.modelconfig.serving import QueuePolicy, ServingConfig, from_config
+from worker.engine.modelconfig.text import parse_config
 from worker.engine.responses import ResponseCache, compute_key
 from worker.engine.serving import EngineService
 from worker.engine.sessions import LoadedModel
@@ -65,9 +66,9 @@ def test_config_reaches_the_batcher_the_cache_and_the_client(
     assert answers[1].outputs["y"].tolist() == [[3, 6]]
     (served,) = engine.list_served()
     options = served.batcher.options
-    assert (options.instances, options.max_rows, options.queue_requests) == (3, 4, 7)
+    assert (options.instances, options.max_rows, options.queue.requests_max) == (3, 4, 7)
     assert (options.preferred_rows, options.max_queue_delay_s) == ((2,), 0.0001)
-    assert (options.default_timeout_s, options.is_timeout_free) == (2.0, False)
+    assert (options.queue.timeout_s, options.queue.is_timeout_free) == (2.0, False)
     with pytest.raises(TensorError, match="4 rows, not 5"):
         asyncio.run(service.infer(ask(x=np.ones((5, 2), np.float32))))
     info = asyncio.run(service.get_info("scale"))
@@ -89,9 +90,80 @@ def test_no_configuration_changes_nothing() -> None:
     assert apply_config(options, ServingConfig()) == options
 
 
+_FALLING_BACK = """
+from dataclasses import replace
+
+from platforms.artifact import ArtifactFormat
+from platforms.runtimes.base import CPU_PROVIDER
+from platforms.runtimes.ort import OrtRuntime
+from platforms.runtimes.registry import RuntimeEntry
+
+ENTRY = RuntimeEntry("gpu", "gpu_runtime:GpuRuntime", frozenset({ArtifactFormat.ONNX}), "gpu")
+
+
+class GpuRuntime(OrtRuntime):
+    name = "gpu"
+
+    def _load(self, path, options):
+        wanted = ("CUDAExecutionProvider", CPU_PROVIDER)
+        return super()._load(path, replace(options, providers=wanted))
+"""
+
+
+def test_fall_back_to_the_cpu_is_told_once_per_load_and_shown_to_clients(
+    spec: PlatformSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    info = tmp_path / "site" / "gpu_runtime-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-runtime\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgeward.runtimes]\ngpu = gpu_runtime:ENTRY\n")
+    (tmp_path / "site" / "gpu_runtime.py").write_text(_FALLING_BACK)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    proven = RuntimeFinding("gpu", RuntimeStatus.PROVEN)
+    repository = ModelRepository(tmp_path / "models")
+    repository.add(write_scale(tmp_path / "source", 3))
+    engine = Engine(replace(spec, runtimes=(proven,)), configure=configure)
+    service = EngineService(engine, repository)
+
+    for _ in range(2):
+        assert asyncio.run(service.infer(ask())).outputs["y"].tolist() == [[3, 6]]
+
+    said = "asked for CUDAExecutionProvider, running on CPUExecutionProvider"
+    (warning,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "scale 1.0.0 (model.onnx on" in warning.getMessage()
+    assert said in warning.getMessage()
+    shown = asyncio.run(service.get_info("scale")).config["edgeward"]["runtime"]
+    assert shown["provider"] == "CPUExecutionProvider"
+    assert said in shown["findings"][0]
+    assert sum(shown["assignment"].values()) >= 1
+    service.close()
+
+
+def test_rules_of_each_priority_reach_the_batcher() -> None:
+    text = """
+    max_batch_size: 4
+    dynamic_batching {
+      priority_levels: 3 default_priority_level: 2
+      default_queue_policy { max_queue_size: 9 default_timeout_microseconds: 500000 }
+      priority_queue_policy { key: 1 value {
+        timeout_action: DELAY default_timeout_microseconds: 1000 allow_timeout_override: true
+      } }
+    }
+    """
+    options = apply_config(BatchOptions(), from_config(parse_config(text)))
+    assert (options.priority_levels, options.default_priority) == (3, 2)
+    assert options.get_rules(1) == WaitRules(128, 0.001, is_timeout_free=True, is_delaying=True)
+    usual = WaitRules(9, 0.5, is_timeout_free=False, is_delaying=False)
+    assert [options.get_rules(level) for level in (2, 3)] == [usual, usual]
+    assert [options.choose_priority(asked) for asked in (0, 1, 3, 4)] == [2, 1, 3, 2]
+
+
 def test_queue_without_a_timeout_lets_requests_name_theirs() -> None:
     config = ServingConfig(queue=QueuePolicy(timeout_s=0))
-    assert apply_config(BatchOptions(), config).choose_timeout_s(3) == 3
+    assert apply_config(BatchOptions(), config).queue.choose_timeout_s(3) == 3
 
 
 def test_warm_up_runs_before_the_model_serves_and_its_failure_is_the_loads(

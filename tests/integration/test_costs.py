@@ -1,6 +1,7 @@
 """Measuring real sessions: the curve's form, its bounds, and that it is kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from platforms.runtimes.registry import get_runtime
 from tests.harness.sessions import load_graph, load_loop, load_table
 from worker.engine.costs import (
     CostCurve,
+    CostIdentity,
     CostPoint,
     CostPolicy,
     Objective,
@@ -23,6 +25,8 @@ from worker.engine.costs import (
     make_inputs,
     measure_costs,
 )
+
+IDENTITY = CostIdentity("sha", "ort", "1", 1, 2.0, "cpu", "CPUExecutionProvider", True)
 
 
 @pytest.fixture
@@ -122,17 +126,22 @@ def test_kept_curve_is_used_until_something_it_depends_on_differs(tmp_path: Path
         measured.append(1)
         return build_curve([CostPoint(1, 4.0), CostPoint(2, 5.0)], policy.objective)
 
-    first = load_curve(policy, ("sha", "ort"), measure)
-    assert load_curve(policy, ("sha", "ort"), measure) == first
+    first = load_curve(policy, IDENTITY, measure)
+    assert load_curve(policy, IDENTITY, measure) == first
     assert len(measured) == 1
-    load_curve(policy, ("sha", "another"), measure)
+    newer = replace(IDENTITY, runtime_version="2")
+    load_curve(policy, newer, measure)
     assert len(measured) == 2
     other = CostPolicy(objective=Objective.THROUGHPUT, folder=policy.folder)
-    assert load_curve(other, ("sha", "ort"), measure).objective is Objective.THROUGHPUT
+    assert load_curve(other, IDENTITY, measure).objective is Objective.THROUGHPUT
     assert len(measured) == 2
 
     newest, oldest = find_curves(tmp_path / "costs", "sha", Objective.LATENCY_P95)
-    assert (newest.identity, oldest.identity) == (("sha", "another"), ("sha", "ort"))
+    assert (newest.identity, oldest.identity) == (newer, IDENTITY)
+    question = replace(IDENTITY, provider=None, is_batchable=None)
+    assert question.is_answered_by(oldest.identity)
+    assert not question.is_answered_by(newest.identity)
+    assert not replace(question, is_batchable=False).is_answered_by(oldest.identity)
     assert oldest.curve == first
     assert find_curves(tmp_path / "costs", "other", Objective.LATENCY_P95) == []
     assert find_curves(tmp_path / "none", "sha", Objective.LATENCY_P95) == []
@@ -144,10 +153,10 @@ def test_kept_curve_is_used_until_something_it_depends_on_differs(tmp_path: Path
 def test_damaged_curve_is_measured_again(tmp_path: Path, text: str) -> None:
     policy = CostPolicy(folder=tmp_path)
     curve = build_curve([CostPoint(1, 4.0)], policy.objective)
-    load_curve(policy, ("sha",), lambda: curve)
+    load_curve(policy, IDENTITY, lambda: curve)
     (kept,) = tmp_path.iterdir()
     kept.write_text(text)
-    assert load_curve(policy, ("sha",), lambda: curve) == curve
+    assert load_curve(policy, IDENTITY, lambda: curve) == curve
     assert json.loads(kept.read_text())["points"] == [[1, 4.0]]
 
 
@@ -155,7 +164,7 @@ def test_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     policy = CostPolicy(folder=tmp_path / "file" / "costs")
     curve = build_curve([CostPoint(1, 4.0)], policy.objective)
-    assert load_curve(policy, ("sha",), lambda: curve) == curve
+    assert load_curve(policy, IDENTITY, lambda: curve) == curve
 
 
 def test_budget_ends_the_doubling_where_no_limit_does(mlp: Session) -> None:

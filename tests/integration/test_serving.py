@@ -26,7 +26,7 @@ from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec
 from tests.harness.models import write_endless_model
 from tests.harness.waiting import wait_until
-from worker.engine.batcher import BatchOptions
+from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.control import InferError, RunControl
 from worker.engine.costs import CostPolicy
 from worker.engine.engine import Engine, InferRequest
@@ -420,7 +420,10 @@ def test_full_queue_is_refused_while_a_run_lasts(
     async def run() -> None:
         await service.infer(ask("endless", one))
         (served,) = engine.list_served()
-        instances, limit = served.batcher.options.instances, served.batcher.options.queue_requests
+        instances, limit = (
+            served.batcher.options.instances,
+            served.batcher.options.queue.requests_max,
+        )
         runs = [
             asyncio.create_task(service.infer(ask("endless", FOR_EVER))) for _ in range(instances)
         ]
@@ -514,12 +517,12 @@ def test_configuration_has_the_last_word(
 
     def configure(model: LoadedModel, options: BatchOptions) -> BatchOptions:
         assert model.name == "scale"
-        return replace(options, max_rows=2, queue_requests=1)
+        return replace(options, max_rows=2, queue=WaitRules(1))
 
     engine = Engine(spec, configure=configure)
     engine.load(repository.get_folder("scale"))
     (served,) = engine.list_served()
-    assert (served.batcher.max_rows, served.batcher.options.queue_requests) == (2, 1)
+    assert (served.batcher.max_rows, served.batcher.options.queue.requests_max) == (2, 1)
 
 
 class DictCache:

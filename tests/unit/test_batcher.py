@@ -17,7 +17,7 @@ from platforms.errors import RunStoppedError, TensorError
 from platforms.runtimes.base import Array, RunStop, Session
 from tests.harness.sessions import load_loop, load_negation, load_table
 from tests.harness.waiting import wait_until
-from worker.engine.batcher import Batcher, BatchOptions, run_stacked
+from worker.engine.batcher import Batcher, BatchOptions, WaitRules, run_stacked
 from worker.engine.stats import StatsCounter
 from worker.errors import RequestRejectedError, RequestTimeoutError
 
@@ -180,7 +180,7 @@ def test_guilty_request_fails_alone(pool: ThreadPoolExecutor, tmp_path: Path) ->
 def test_full_queue_refuses_and_those_who_wait_are_answered(
     pool: ThreadPoolExecutor, negation: Session
 ) -> None:
-    batcher = make_batcher(pool, queue_requests=2)
+    batcher = make_batcher(pool, queue=WaitRules(2))
     answers = asyncio.run(
         gather_while_held(batcher, *(batcher.infer(negation, row(1), 1) for _ in range(3)))
     )
@@ -272,7 +272,7 @@ def test_stop_ends_the_wait_for_a_turn(pool: ThreadPoolExecutor) -> None:
 def test_request_that_waits_too_long_is_told_so(
     pool: ThreadPoolExecutor, negation: Session
 ) -> None:
-    batcher = make_batcher(pool, default_timeout_s=0.01)
+    batcher = make_batcher(pool, queue=WaitRules(timeout_s=0.01))
 
     async def run() -> dict[str, Array]:
         assert batcher.try_acquire()
@@ -301,8 +301,115 @@ def test_request_that_waits_too_long_is_told_so(
 def test_timeout_is_the_shorter_one_where_a_request_may_name_its_own(
     default_s: float | None, is_free: bool, asked_s: float | None, expected_s: float | None
 ) -> None:
-    options = BatchOptions(default_timeout_s=default_s, is_timeout_free=is_free)
-    assert options.choose_timeout_s(asked_s) == expected_s
+    rules = WaitRules(timeout_s=default_s, is_timeout_free=is_free)
+    assert rules.choose_timeout_s(asked_s) == expected_s
+
+
+def is_late(batcher: Batcher) -> bool:
+    """Say whether one of those who wait has waited too long, and waits on."""
+    return any(entry.order[1] for entry in batcher._queue)
+
+
+@pytest.mark.parametrize("is_seen_by_timer", [True, False])
+def test_delayed_request_runs_after_all_others_of_its_priority_but_before_less_urgent_ones(
+    pool: ThreadPoolExecutor, negation: Session, is_seen_by_timer: bool
+) -> None:
+    rules = WaitRules(timeout_s=3600, is_delaying=True)
+    batcher = make_batcher(pool, max_rows=1, priority_levels=2, queue=rules)
+    order: list[str] = []
+
+    async def ask(name: str, priority: int, timeout_s: float | None = None) -> None:
+        await batcher.infer(negation, row(1), 1, priority=priority, timeout_s=timeout_s)
+        order.append(name)
+
+    async def run() -> None:
+        assert batcher.try_acquire()
+        first = ask("delayed", 1, 0.001 if is_seen_by_timer else None)
+        tasks = [asyncio.create_task(first)]
+        while not batcher.pending:
+            await asyncio.sleep(0)
+        (waiting,) = batcher._queue
+        if is_seen_by_timer:
+            while not is_late(batcher):
+                await asyncio.sleep(0.001)
+        else:
+            # As where the event loop is too busy for timers: the next run sees it.
+            waiting.deadline_ns = 0  # type: ignore[union-attr]
+        for number, (name, priority) in enumerate((("less urgent", 2), ("later", 1)), 2):
+            tasks.append(asyncio.create_task(ask(name, priority)))
+            while batcher.pending < number:
+                await asyncio.sleep(0)
+        batcher.release()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert order == ["later", "delayed", "less urgent"]
+    stats = batcher.stats.read()
+    assert (stats.success.count, stats.fail.count, batcher.pending) == (3, 0, 0)
+
+
+def test_delayed_request_that_nobody_waits_for_any_more_is_not_run(
+    pool: ThreadPoolExecutor, negation: Session
+) -> None:
+    batcher = make_batcher(pool, queue=WaitRules(timeout_s=0.01, is_delaying=True))
+
+    async def run() -> None:
+        assert batcher.try_acquire()
+        task = asyncio.create_task(batcher.infer(negation, row(1), 1))
+        while not is_late(batcher):
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        batcher.release()
+
+    asyncio.run(run())
+    assert (batcher.pending, batcher.busy, batcher._queue) == (0, 0, [])
+    assert batcher.stats.read().execution_count == 0
+
+
+def test_each_priority_has_its_own_timeout_and_its_own_bound(
+    pool: ThreadPoolExecutor, negation: Session
+) -> None:
+    batcher = make_batcher(
+        pool,
+        queue=WaitRules(requests_max=1),
+        priority_levels=3,
+        default_priority=3,
+        priority_queues={1: WaitRules(2), 2: WaitRules(timeout_s=0.01)},
+    )
+    answers = asyncio.run(
+        gather_while_held(
+            batcher, *(batcher.infer(negation, row(1), 1, priority=one) for one in (3, 1, 1, 1))
+        )
+    )
+    assert [type(one) for one in answers] == [dict, dict, dict, RequestRejectedError]
+    assert "2 requests of priority 1 wait" in str(answers[3])
+    wait_until(lambda: batcher.busy == 0, 30, "the instance is free")
+
+    async def wait_too_long() -> None:
+        assert batcher.try_acquire()
+        others = [asyncio.create_task(batcher.infer(negation, row(1), 1, priority=7))]
+        with pytest.raises(RequestTimeoutError):
+            await batcher.infer(negation, row(1), 1, priority=2)
+        # A level that there is not is the default one, whose queue is full.
+        for priority in (0, 3, 99):
+            with pytest.raises(RequestRejectedError, match="of priority 3"):
+                await batcher.infer(negation, row(1), 1, priority=priority)
+        batcher.release()
+        await asyncio.gather(*others)
+
+    asyncio.run(wait_too_long())
+    assert batcher.pending == 0
+
+
+def test_without_levels_all_priorities_share_one_bound(
+    pool: ThreadPoolExecutor, negation: Session
+) -> None:
+    batcher = make_batcher(pool, queue=WaitRules(2))
+    requests = [batcher.infer(negation, row(1), 1, priority=one) for one in (1, 5, 9)]
+    answers = asyncio.run(gather_while_held(batcher, *requests))
+    assert [type(one) for one in answers] == [dict, dict, RequestRejectedError]
 
 
 def test_requests_of_a_model_that_joins_none_run_alone(
@@ -432,7 +539,7 @@ def test_answer_for_an_event_loop_that_has_closed_harms_nobody(
 def test_many_clients_of_all_kinds_each_get_their_own_answer(
     pool: ThreadPoolExecutor, negation: Session
 ) -> None:
-    batcher = make_batcher(pool, instances=2, max_rows=4, queue_requests=1000)
+    batcher = make_batcher(pool, instances=2, max_rows=4, queue=WaitRules(1000))
 
     def take_turns(base: int) -> bool:
         good = True

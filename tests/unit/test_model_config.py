@@ -163,10 +163,25 @@ def test_a_graph_without_a_batch_axis_keeps_its_whole_shape() -> None:
     assert document["output"][0]["data_type"] == "TYPE_STRING"
 
 
-def test_a_batch_size_without_dynamic_batching_stacks_nothing() -> None:
-    config = parse_config("max_batch_size: 8")
-    assert not from_config(config).is_batching
-    assert "dynamic_batching" not in complete_text("max_batch_size: 8")
+@pytest.mark.parametrize(
+    ("text", "is_batching"),
+    [
+        ("max_batch_size: 8", True),
+        ('max_batch_size: 8 input { name: "x" }', True),
+        ("max_batch_size: 1", False),
+        ("max_batch_size: 0", False),
+    ],
+)
+def test_a_file_that_does_not_name_its_tensors_gets_dynamic_batching(
+    text: str, is_batching: bool
+) -> None:
+    assert from_config(parse_config(text)).is_batching is is_batching
+
+
+def test_a_whole_file_without_dynamic_batching_stacks_nothing() -> None:
+    text = 'max_batch_size: 8 input { name: "x" } output { name: "y" }'
+    assert not from_config(parse_config(text)).is_batching
+    assert "dynamic_batching" not in complete_text(text)
 
 
 def test_an_explicit_zero_means_no_batches_where_silence_does_not() -> None:

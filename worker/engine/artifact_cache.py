@@ -6,15 +6,20 @@ verified by whoever loads it; an entry never stands in for that.
 
 Invariants: an entry appears in one rename, whole; it is used only while every file has the
 digest it was written with; whatever is wrong with the cache, the model loads from its artifact.
+What is being prepared is in a folder whose name begins with a dot and which its process holds
+locked: the kernel lets go of the lock with the process, however that ends, so a folder that is
+not locked is left over and is removed.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from platforms.errors import PlatformError
@@ -62,27 +67,42 @@ class ArtifactCache:
 
     def _prepare(self, entry: Path, loader: Loader) -> Session:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            staged = Path(tempfile.mkdtemp(prefix=".", dir=self._folder))
+            staged, lock = self._stage()
         except OSError as exc:
             _log.warning("prepared models cannot be kept in %s: %s", self._folder, exc)
             return loader(None)
         try:
             session = loader(staged)
+            self._keep(staged, entry)
         except PlatformError as exc:
             # The disk may be full, or the optimized graph one that cannot be written.
             shutil.rmtree(staged, ignore_errors=True)
             _log.info("a model cannot be prepared: %s", exc)
             return loader(None)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            os.close(lock)
+        return session
+
+    def _stage(self) -> tuple[Path, int]:
+        """Make a folder to prepare a model in, and return it with its lock; sweep old ones."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Nobody may sweep between the making of the folder and its lock.
+        with _hold(self._folder):
+            for path in self._folder.glob(".*"):
+                _sweep(path)
+            staged = Path(tempfile.mkdtemp(prefix=".", dir=self._folder))
+            lock = os.open(staged, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return staged, lock
+
+    def _keep(self, staged: Path, entry: Path) -> None:
         try:
             if _seal(staged):
                 staged.rename(entry)
                 self._prune(entry)
         except OSError as exc:
             _log.info("a prepared model is not kept: %s", exc)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        return session
 
     def _prune(self, kept: Path) -> None:
         """Remove the entries used longest ago, until the rest is within the limit."""
@@ -95,6 +115,29 @@ class ArtifactCache:
             if path != kept and not path.name.startswith("."):
                 total -= _read_size(path)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock for the length of the block; waits for whoever holds it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sweep(staged: Path) -> None:
+    """Remove what a process that is gone was preparing; leave what a living one holds."""
+    with suppress(OSError):
+        lock = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(staged, ignore_errors=True)
+            _log.info("left by a process that is gone, and removed: %s", staged)
+        finally:
+            os.close(lock)
 
 
 def _use(entry: Path, loader: Loader) -> Session | None:

@@ -10,6 +10,11 @@ free waits for nobody, and batches grow from backlog alone (`max_queue_delay_s` 
 Rows are counted, not requests. Owns the queue, the stacking and the taking apart; never decides
 how many rows pay (`costs`) or which version answers (`serving`).
 
+A request that has waited longer than it may is refused, or, where the rules of its priority say
+so, waits on behind all others of its priority, and then for as long as it takes. With priority
+levels each level's queue has its own bound; without them all requests share one.
+Source: Triton's `PriorityQueue` (core, `src/scheduler_utils.cc`).
+
 Invariants: a run has at most `max_rows` rows; only requests to the same session with equal names,
 dtypes and shapes but for axis 0 share a run; each request gets one answer or one error; one that
 fails does so alone; who no longer waits is not run; an idle batcher has no thread at work.
@@ -40,8 +45,31 @@ from worker.errors import OutputError, RequestRejectedError, RequestTimeoutError
 Outputs = dict[str, Array]
 Inputs = Mapping[str, Array]
 
+_Order = tuple[int, bool, int]
+"""Priority, whether it has waited too long, arrival: the smallest is next."""
+
 _log = logging.getLogger(__name__)
 _get_order = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class WaitRules:
+    """How requests of one priority wait."""
+
+    requests_max: int = 128
+    """Requests that may wait; one more is refused."""
+    timeout_s: float | None = None
+    """Longest wait of requests that name none; None: for ever."""
+    is_timeout_free: bool = True
+    """A request may name its own timeout; one that is shorter, where there is one."""
+    is_delaying: bool = False
+    """Who has waited too long runs after all others of its priority, instead of being refused."""
+
+    def choose_timeout_s(self, asked_s: float | None) -> float | None:
+        """Return how long a request may wait that asks for so long."""
+        if asked_s is None or not self.is_timeout_free:
+            return self.timeout_s
+        return asked_s if self.timeout_s is None else min(asked_s, self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +82,35 @@ class BatchOptions:
     """Rows of the largest batch."""
     is_batchable: bool = True
     """False: each request runs alone, as it is."""
-    queue_requests: int = 128
-    """Requests that may wait; one more is refused."""
+    queue: WaitRules = WaitRules()
+    priority_queues: Mapping[int, WaitRules] = field(default_factory=dict)
+    """Rules of single priority levels, in place of `queue`."""
+    priority_levels: int = 0
+    """Levels that requests may name, each with a queue of its own; 0: any, and one queue."""
     default_priority: int = 2
-    """Of requests that name none; 1 is the most urgent."""
-    default_timeout_s: float | None = None
-    """Longest wait of requests that name none; None: for ever."""
+    """Of requests that name none, or one that is no level; 1 is the most urgent."""
     max_queue_delay_s: float = 0.0
     """How long a free instance waits for a fuller batch."""
     preferred_rows: tuple[int, ...] = ()
     """Batches to prefer, of those that what waits allows."""
     is_joining: bool = True
     """False: no two requests share a run."""
-    is_timeout_free: bool = True
-    """A request may name its own timeout; one that is shorter, where there is a default."""
     request_rows_max: int | None = None
     """Rows that one request may have; None: any number."""
     is_cached: bool = False
     """Answers are kept, where there is a cache."""
 
-    def choose_timeout_s(self, asked_s: float | None) -> float | None:
-        """Return how long a request may wait that asks for so long."""
-        default_s = self.default_timeout_s
-        if asked_s is None or not self.is_timeout_free:
-            return default_s
-        return asked_s if default_s is None else min(asked_s, default_s)
+    def choose_priority(self, asked: int) -> int:
+        """Return the priority of a request that asks for this one; 0 stands for the default.
+
+        As in Triton, one beyond the levels is the default, too.
+        """
+        is_level = asked > 0 and (not self.priority_levels or asked <= self.priority_levels)
+        return asked if is_level else self.default_priority
+
+    def get_rules(self, priority: int) -> WaitRules:
+        """Return how requests of this priority wait."""
+        return self.priority_queues.get(priority, self.queue)
 
 
 class _Batch:
@@ -96,7 +128,10 @@ class _Batch:
 class _Waiting:
     """A request that waits or runs."""
 
-    order: tuple[int, int]
+    order: _Order
+    queue: int
+    """Its priority level, or 0 where there are none."""
+    rules: WaitRules
     session: Session
     inputs: Inputs
     rows: int
@@ -115,7 +150,7 @@ class _Waiting:
 class _Turn:
     """A thread that waits for an instance."""
 
-    order: tuple[int, int]
+    order: _Order
     woken: Event = field(default_factory=Event)
     is_granted: bool = False
 
@@ -141,6 +176,7 @@ class Batcher:
         self._queue: list[_Waiting | _Turn] = []
         self._busy = 0
         self._waiting = 0
+        self._waiting_by: defaultdict[int, int] = defaultdict(int)
         self._arrivals = 0
         self._delaying = 0
 
@@ -213,7 +249,7 @@ class Batcher:
             RunStoppedError: `stop` was set before the turn came.
         """
         with self._lock:
-            turn = _Turn(self._make_order(priority))
+            turn = _Turn(self._make_order(priority or self.options.default_priority))
             if self._busy < self.options.instances and not self._queue:
                 self._busy += 1
                 return
@@ -250,7 +286,8 @@ class Batcher:
             inputs: that fit the session.
             rows: length of axis 0 of all of them, or 1 where the model has no batch axis.
             priority: 1 is the most urgent; 0 stands for the default.
-            timeout_s: longest wait; None stands for the default.
+            timeout_s: longest wait, or until it is put behind all others of its priority; None
+                stands for the default.
 
         Raises:
             RequestRejectedError: too many wait already.
@@ -258,7 +295,8 @@ class Batcher:
             PlatformError, WorkerError: the run failed.
         """
         loop = asyncio.get_running_loop()
-        timeout_s = self.options.choose_timeout_s(timeout_s)
+        priority = self.options.choose_priority(priority)
+        timeout_s = self.options.get_rules(priority).choose_timeout_s(timeout_s)
         item = self._submit(loop, session, inputs, rows, priority, timeout_s)
         timer = None
         if timeout_s is not None:
@@ -282,14 +320,19 @@ class Batcher:
         priority: int,
         timeout_s: float | None,
     ) -> _Waiting:
-        now = time.perf_counter_ns()
+        now, rules = time.perf_counter_ns(), self.options.get_rules(priority)
+        queue = priority if self.options.priority_levels else 0
         with self._lock:
-            if self._waiting >= self.options.queue_requests:
+            waiting = self._waiting_by[queue]
+            if waiting >= rules.requests_max:
                 self.stats.add_failure(FailReason.REJECTED)
-                msg = f"{self._waiting} requests wait for {self.stats.name} already; try later"
+                of = f" of priority {queue}" if queue else ""
+                msg = f"{waiting} requests{of} wait for {self.stats.name} already; try later"
                 raise RequestRejectedError(msg)
             item = _Waiting(
                 order=self._make_order(priority),
+                queue=queue,
+                rules=rules,
                 session=session,
                 inputs=inputs,
                 rows=rows,
@@ -299,7 +342,7 @@ class Batcher:
                 deadline_ns=None if timeout_s is None else now + int(timeout_s * 1e9),
             )
             self._insert(item)
-            self._waiting += 1
+            self._count_waiting(item, 1)
             must_start = self._busy < self.options.instances and not self._delaying
             self._busy += must_start
             if self._delaying:
@@ -308,9 +351,13 @@ class Batcher:
             self._pool.submit(self._work)
         return item
 
-    def _make_order(self, priority: int) -> tuple[int, int]:
+    def _make_order(self, priority: int, *, is_late: bool = False) -> _Order:
         self._arrivals += 1
-        return (priority or self.options.default_priority, self._arrivals)
+        return (priority, is_late, self._arrivals)
+
+    def _count_waiting(self, item: _Waiting, step: int) -> None:
+        self._waiting += step
+        self._waiting_by[item.queue] += step
 
     def _make_signature(self, inputs: Inputs) -> object:
         if not (self.options.is_batchable and self.options.is_joining):
@@ -346,13 +393,24 @@ class Batcher:
                 return False
             item.is_gone = True
             self._queue.remove(item)
-            self._waiting -= 1
+            self._count_waiting(item, -1)
             return True
 
     def _expire(self, item: _Waiting) -> None:
-        """End a wait that has lasted too long; runs on the request's event loop."""
-        if self._remove(item):
+        """End a wait that has lasted too long, or put it behind; runs on the event loop."""
+        if item.rules.is_delaying:
+            with self._lock:
+                if not item.is_gone and item.batch is None and item.deadline_ns is not None:
+                    self._put_behind(item)
+        elif self._remove(item):
             self._reject_late(item)
+
+    def _put_behind(self, item: _Waiting) -> None:
+        """Let a request wait on behind all others of its priority, without an end."""
+        self._queue.remove(item)
+        item.deadline_ns = None
+        item.order = self._make_order(item.order[0], is_late=True)
+        self._insert(item)
 
     def _reject_late(self, item: _Waiting) -> None:
         waited_ns = time.perf_counter_ns() - item.arrived_ns
@@ -371,7 +429,7 @@ class Batcher:
         """Return what to run next on the instance that this thread holds; nothing: it is gone."""
         with self._lock:
             while self._pass_on():
-                self._drop_expired()
+                self._apply_timeouts()
                 delay_s = self._find_delay()
                 if delay_s > 0:
                     self._delaying += 1
@@ -404,7 +462,7 @@ class Batcher:
             self._busy += 1
             self._pool.submit(self._work)
 
-    def _drop_expired(self) -> None:
+    def _apply_timeouts(self) -> None:
         now = time.perf_counter_ns()
         late = [
             item
@@ -414,9 +472,12 @@ class Batcher:
             and now >= item.deadline_ns
         ]
         for item in late:
+            if item.rules.is_delaying:
+                self._put_behind(item)
+                continue
             item.is_gone = True
             self._queue.remove(item)
-            self._waiting -= 1
+            self._count_waiting(item, -1)
             _call_soon(item.future.get_loop(), self._reject_late, item)
 
     def _find_delay(self) -> float:
@@ -453,9 +514,9 @@ class Batcher:
         else:
             names = {id(item) for item in taken}
             self._queue = [entry for entry in self._queue if id(entry) not in names]
-        self._waiting -= len(taken)
         now, batch = time.perf_counter_ns(), _Batch(len(taken))
         for item in taken:
+            self._count_waiting(item, -1)
             item.taken_ns, item.batch = now, batch
         return taken
 

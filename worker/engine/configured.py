@@ -12,11 +12,16 @@ from typing import Any
 
 from agent.errors import AgentError
 from agent.manifest import Manifest, read_manifest
-from worker.engine.batcher import BatchOptions
+from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.modelconfig.completion import Graph, complete
 from worker.engine.modelconfig.document import to_json
 from worker.engine.modelconfig.samples import build_warmup
-from worker.engine.modelconfig.serving import ServingConfig, VersionChoice
+from worker.engine.modelconfig.serving import (
+    QueuePolicy,
+    ServingConfig,
+    TimeoutAction,
+    VersionChoice,
+)
 from worker.engine.modelconfig.source import build_serving, find_config
 from worker.engine.modelconfig.text import ConfigText
 from worker.engine.sessions import LoadedModel
@@ -82,7 +87,6 @@ def _build_whole(config: ConfigText | None, manifest: Manifest) -> ServingConfig
 def apply_config(options: BatchOptions, config: ServingConfig) -> BatchOptions:
     """Return the options with the configuration put over them. Pure."""
     limit = config.max_rows or None
-    timeout_s = config.queue.timeout_s or None
     return replace(
         options,
         instances=config.instances or options.instances,
@@ -90,13 +94,27 @@ def apply_config(options: BatchOptions, config: ServingConfig) -> BatchOptions:
         request_rows_max=limit,
         is_batchable=options.is_batchable and config.max_rows != 0,
         is_joining=config.is_batching,
-        queue_requests=config.queue.max_queue_size or options.queue_requests,
+        queue=_to_rules(config.queue, options.queue),
+        priority_queues={
+            level: _to_rules(policy, options.queue)
+            for level, policy in config.priority_queues.items()
+        },
+        priority_levels=config.priority_levels,
         default_priority=config.default_priority or options.default_priority,
-        default_timeout_s=timeout_s,
-        is_timeout_free=timeout_s is None or config.queue.allow_timeout_override,
         max_queue_delay_s=config.max_queue_delay_s,
         preferred_rows=config.preferred_rows,
         is_cached=config.response_cache,
+    )
+
+
+def _to_rules(policy: QueuePolicy, default: WaitRules) -> WaitRules:
+    timeout_s = policy.timeout_s or None
+    return WaitRules(
+        requests_max=policy.max_queue_size or default.requests_max,
+        timeout_s=timeout_s,
+        # Triton ignores a request's timeout where the model has none; here it may name one.
+        is_timeout_free=timeout_s is None or policy.allow_timeout_override,
+        is_delaying=policy.timeout_action is TimeoutAction.DELAY,
     )
 
 

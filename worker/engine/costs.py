@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from agent.fileio import write_atomic
+from platforms.artifact import ArtifactSpec
 from platforms.errors import PlatformError
 from platforms.runtimes.base import DTYPES, Array, Session
+from platforms.spec import PlatformSpec
 
 ROWS_MAX = 64
 """Larger batches are never made: they cost memory, and no net we measured gained any more."""
@@ -111,6 +113,42 @@ class CostPolicy:
     rows_max: int = ROWS_MAX
     folder: Path | None = None
     """Where curves are kept; without it each process measures for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostIdentity:
+    """All that a model's cost depends on: what a kept curve is of."""
+
+    sha256: str
+    """Of the artifact."""
+    runtime: str
+    runtime_version: str | None
+    threads: int
+    """Inside one operator."""
+    cores: float
+    cpu_model: str
+    provider: str | None = None
+    """Only a load tells; None in a question stands for any."""
+    is_batchable: bool | None = None
+    """As the provider."""
+
+    def is_answered_by(self, other: "CostIdentity") -> bool:
+        """Say whether `other` is what this one asks for."""
+        mine, theirs = asdict(self), asdict(other)
+        return all(mine[key] in (None, theirs[key]) for key in mine)
+
+
+def identify_costs(
+    artifact: ArtifactSpec,
+    runtime: str,
+    runtime_version: str | None,
+    threads: int,
+    spec: PlatformSpec,
+) -> CostIdentity:
+    """Return what a model's cost depends on here, as far as it is known before a load."""
+    return CostIdentity(
+        artifact.sha256, runtime, runtime_version, threads, spec.cores, spec.cpu_model
+    )
 
 
 def choose_rows(points: Sequence[CostPoint], objective: Objective) -> tuple[int, str]:
@@ -281,24 +319,24 @@ def _measure_rounds(
 
 
 def load_curve(
-    policy: CostPolicy, identity: Sequence[object], measure: Callable[[], CostCurve]
+    policy: CostPolicy, identity: CostIdentity, measure: Callable[[], CostCurve]
 ) -> CostCurve:
     """Return the curve kept for `identity`, or measure and keep it.
 
     Args:
         policy: names the folder; the choice is made anew by its objective.
-        identity: all that the cost depends on: the artifact, the runtime, the box.
+        identity: of the loaded model.
         measure: takes the measurement.
     """
     if policy.folder is None:
         return measure()
-    text = json.dumps([str(part) for part in (*identity, policy.rows_max)])
+    text = json.dumps([asdict(identity), policy.rows_max])
     path = policy.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     points = _read_points(path)
     if points is not None:
         return build_curve(points, policy.objective)
     curve = measure()
-    of = {"identity": [str(part) for part in identity], "measured_at": time.time()}
+    of = {"identity": asdict(identity), "measured_at": time.time()}
     try:
         policy.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({**curve.to_json(), **of}))
@@ -312,8 +350,7 @@ class KeptCurve:
     """A curve on file, and what it is of."""
 
     curve: CostCurve
-    identity: tuple[str, ...]
-    """As `load_curve` was given it: the artifact's sha256 first."""
+    identity: CostIdentity
     measured_s: float
     """When: wall clock, seconds since 1970."""
     path: Path
@@ -322,7 +359,8 @@ class KeptCurve:
 def find_curves(folder: Path, sha256: str, objective: Objective) -> list[KeptCurve]:
     """Return the curves kept of an artifact, the newest first.
 
-    There are several where a runtime's version, the threads or the box have changed.
+    There are several where a runtime's version, the threads or the box have changed; those of
+    the present ones are told by `CostIdentity.is_answered_by`.
 
     Args:
         folder: of the curves.
@@ -334,12 +372,12 @@ def find_curves(folder: Path, sha256: str, objective: Objective) -> list[KeptCur
         points = _read_points(path)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            identity = tuple(map(str, document["identity"]))
+            identity = CostIdentity(**document["identity"])
             measured_s = float(document["measured_at"])
         except (OSError, ValueError, TypeError, KeyError):
             # Of an older Edgeward, or removed since.
             continue
-        if points is not None and identity[:1] == (sha256,):
+        if points is not None and identity.sha256 == sha256:
             found.append(KeptCurve(build_curve(points, objective), identity, measured_s, path))
     return sorted(found, key=lambda kept: kept.measured_s, reverse=True)
 

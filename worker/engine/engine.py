@@ -36,6 +36,7 @@ from worker.engine.costs import (
     CostCurve,
     CostPolicy,
     get_objective,
+    identify_costs,
     load_curve,
     measure_costs,
 )
@@ -48,7 +49,7 @@ from worker.engine.sessions import (
     load_model,
 )
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
-from worker.engine.threads import compute_threads
+from worker.engine.threads import compute_sizes
 from worker.errors import NanOutputError, OutputError, StepError, WorkerError
 from worker.processing.step import JobInput
 from worker.processing.tensor import TensorOutput
@@ -125,6 +126,15 @@ class ServedModel:
     """None where it was not measured."""
 
 
+def plan_options(instances: int, costs: CostCurve | None, *, is_batchable: bool) -> BatchOptions:
+    """Return the engine's own choice for a model, before its configuration is asked. Pure."""
+    return BatchOptions(
+        instances=instances,
+        max_rows=costs.chosen_rows if costs is not None else ROWS_MAX,
+        is_batchable=is_batchable,
+    )
+
+
 Configure = Callable[[LoadedModel, BatchOptions], BatchOptions]
 WarmUp = Callable[[LoadedModel], None]
 
@@ -171,8 +181,7 @@ class Engine:
                 those of `spec` are.
         """
         self._spec = spec
-        self._threads = compute_threads(spec.cores, instances)
-        self._instances = max(1, int(spec.cores) // self._threads)
+        self._threads, self._instances = compute_sizes(spec.cores, instances)
         self._costs = costs
         self._configure = configure
         self._warm_up = warm_up
@@ -229,15 +238,11 @@ class Engine:
         name = f"{model.name} {model.version}"
         objective = get_objective(read_manifest(model.folder).objective)
         policy = replace(self._costs, objective=objective)
-        identity = (
-            model.artifact.sha256,
-            model.runtime,
-            get_runtime(model.runtime).version(),
-            model.provider,
-            model.is_batchable,
-            self._threads,
-            self._spec.cores,
-            self._spec.cpu_model,
+        version = get_runtime(model.runtime).version()
+        identity = replace(
+            identify_costs(model.artifact, model.runtime, version, self._threads, self._spec),
+            provider=model.provider,
+            is_batchable=model.is_batchable,
         )
 
         def measure() -> CostCurve:
@@ -258,11 +263,7 @@ class Engine:
     ) -> ServedModel:
         name = (key.name, key.version)
         stats = self._stats.setdefault(name, StatsCounter(*name))
-        options = BatchOptions(
-            instances=self._instances,
-            max_rows=costs.chosen_rows if costs is not None else ROWS_MAX,
-            is_batchable=model.is_batchable,
-        )
+        options = plan_options(self._instances, costs, is_batchable=model.is_batchable)
         if self._configure is not None:
             options = self._configure(model, options)
         return ServedModel(key, Batcher(options, self._pool, stats), costs)

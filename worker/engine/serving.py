@@ -604,7 +604,10 @@ def build_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str
     The one place that says how a model is configured.
     """
     config = describe(name, model) or _build_small_config(name, served, model)
-    return {**config, "edgeward": {"batching": _build_batching(served)}}
+    return {
+        **config,
+        "edgeward": {"batching": _build_batching(served), "runtime": _build_runtime(model)},
+    }
 
 
 def _build_small_config(name: str, served: ServedModel, model: LoadedModel) -> dict[str, Any]:
@@ -630,6 +633,16 @@ def _build_tensors(specs: Iterable[TensorSpec], model: LoadedModel) -> list[dict
         }
         for spec in specs
     ]
+
+
+def _build_runtime(model: LoadedModel) -> dict[str, Any]:
+    session = model.session
+    return {
+        "name": model.runtime,
+        "provider": model.provider,
+        "assignment": dict(session.assignment),
+        "findings": list(session.findings),
+    }
 
 
 def _build_batching(served: ServedModel) -> dict[str, Any]:

@@ -319,6 +319,8 @@ def load_model(
 ) -> LoadedModel:
     """Open the model version in `folder` on this box; reads every byte of its files.
 
+    What its runtime finds, such as a fall-back to the CPU, is a warning in the log.
+
     Args:
         folder: of the version.
         spec: what selection goes by.
@@ -344,6 +346,9 @@ def load_model(
     options = LoadOptions(threads=threads, instances=instances)
     session = _load_session(get_runtime(chosen.runtime), path, options, cache, (manifest, spec))
     verify_tensors(manifest, session)
+    for finding in session.findings:
+        where = f"{manifest.name} {manifest.version} ({path.name} on {session.runtime})"
+        _log.warning("%s: %s", where, finding)
     return LoadedModel(
         name=manifest.name,
         version=manifest.version,

@@ -1,6 +1,6 @@
-"""How many threads a session gets.
+"""How many threads a session gets, and how many runs of it go on at once.
 
-Owns one division. Where the cores come from is detection's matter: they are the
+Owns two divisions. Where the cores come from is detection's matter: they are the
 cgroup's (`PlatformSpec.cores`), which `os.cpu_count()` does not know.
 """
 
@@ -21,3 +21,17 @@ def compute_threads(cores: float, instances: int) -> int:
         msg = f"there must be 1 instance or more, not {instances}"
         raise ValueError(msg)
     return max(1, math.floor(cores) // instances)
+
+
+def compute_sizes(cores: float, concurrency: int) -> tuple[int, int]:
+    """Return the threads inside one operator, and how many such runs the cores allow at once.
+
+    Args:
+        cores: of the box.
+        concurrency: how many inferences of one model should be able to run at the same time.
+
+    Raises:
+        ValueError: it is not even one.
+    """
+    threads = compute_threads(cores, concurrency)
+    return threads, max(1, int(cores) // threads)

@@ -5,7 +5,12 @@ says none. What runs the model is told as it is, whatever the file says.
 
 Invariant: a completed message names every tensor of the graph once, and nothing else.
 
-Source: answers of Triton 2.51 (tests/data/triton_config); onnxruntime_backend, "auto-complete".
+Source: answers of Triton 2.51 (tests/data/triton_config), whose server had no onnxruntime; for
+that, read but not run: onnxruntime_backend, `ModelState::AutoCompleteConfig` in
+`src/onnxruntime.cc` at 02ffb9e. It leaves a file alone that names inputs and outputs; else a graph
+whose tensors all have a free first axis gets the server's default batch size where the file says
+none, and `dynamic_batching` where the size is over 1; a size on any other graph is an error. It
+does not try whether rows are independent, as is done here.
 """
 
 from collections.abc import Mapping

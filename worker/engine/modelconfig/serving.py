@@ -228,10 +228,12 @@ def from_config(config: ConfigText) -> ServingConfig:
     message = config.message
     batching = message.dynamic_batching
     is_sized = config.has_batch_size
+    # As Triton's onnxruntime backend completes: only a file that names its tensors is left alone.
+    is_whole = bool(message.input and message.output) or message.max_batch_size <= 1
     return ServingConfig(
         max_rows=message.max_batch_size if is_sized else None,
-        # A file that says nothing of batches leaves all of it to us, as Triton's completion does.
-        is_batching=message.HasField("dynamic_batching") or not is_sized,
+        # A file that says nothing of batches leaves all of it to us.
+        is_batching=message.HasField("dynamic_batching") or not (is_sized and is_whole),
         preferred_rows=tuple(batching.preferred_batch_size),
         max_queue_delay_s=batching.max_queue_delay_microseconds / _US,
         preserve_ordering=batching.preserve_ordering,
