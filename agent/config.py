@@ -264,6 +264,9 @@ class HttpSettings(_Section):
     port: int | None = Field(
         default=None, ge=0, le=65535, description="Its TCP port; none: no TCP."
     )
+    grpc_port: int | None = Field(
+        default=None, ge=0, le=65535, description="gRPC's TCP port, on the same address; none: off."
+    )
     socket: Path | None = Field(
         default=None,
         description="Its Unix socket; no token there, the file's permissions say who may.",
@@ -306,7 +309,8 @@ class HttpSettings(_Section):
             raise ValueError(msg)
         has_token = self.token is not None or self.token_file is not None
         is_safe = has_token and self.cert_file is not None
-        if self.port is not None and not (is_safe or self.allow_plain or _is_local(self.host)):
+        is_open = self.port is not None or self.grpc_port is not None
+        if is_open and not (is_safe or self.allow_plain or _is_local(self.host)):
             msg = (
                 f"an API on {self.host} would be open to the network: set token_file, cert_file "
                 "and key_file, or allow_plain = true if that is meant"

@@ -23,6 +23,7 @@ from worker.errors import HttpUnavailableError, WorkerError
 if TYPE_CHECKING:
     from worker.engine.engine import Engine
     from worker.rest.server import HttpServer
+    from worker.rpc.server import GrpcServer
 
 _MB = 10**6
 
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 
 def is_wanted(settings: Settings) -> bool:
     """Say whether the settings ask for an HTTP API."""
-    return settings.http.port is not None or settings.http.socket is not None
+    http = settings.http
+    return not (http.port is None and http.socket is None and http.grpc_port is None)
 
 
 def build_costs(settings: Settings) -> CostPolicy | None:
@@ -57,7 +59,7 @@ class Frontend:
         self._settings = settings
         self._engine = engine
         self._service: EngineService | None = None
-        self._server: HttpServer | None = None
+        self._servers: list[HttpServer | GrpcServer] = []
         self._lock = threading.Lock()
         self._is_ended = False
 
@@ -70,8 +72,8 @@ class Frontend:
         """Finish the requests under way, and take no more; harmless when repeated."""
         with self._lock:
             self._is_ended = True
-            server, service = self._server, self._service
-        if server is not None:
+            servers, service = self._servers, self._service
+        for server in servers:
             server.stop()
         if service is not None:
             service.close()
@@ -80,7 +82,7 @@ class Frontend:
         try:
             self._serve()
         except WorkerError as exc:
-            log.warning("no HTTP API (%s): %s; jobs are taken all the same", exc.code, exc)
+            log.warning("no HTTP or gRPC API (%s): %s; jobs are taken all the same", exc.code, exc)
         except Exception:
             log.exception("no HTTP API (internal_error); jobs are taken all the same")
 
@@ -107,8 +109,21 @@ class Frontend:
             if self._is_ended:
                 return
             self._service = service
-            server.start()
-            self._server = server
+            if settings.http.port is not None or settings.http.socket is not None:
+                server.start()
+                self._servers.append(server)
+            if settings.http.grpc_port is not None:
+                self._servers.append(self._start_grpc(service))
+
+    def _start_grpc(self, service: EngineService) -> "GrpcServer":
+        try:
+            from worker.rpc.server import GrpcServer
+        except ImportError as exc:
+            msg = f"{exc.name} is not installed: pip install 'edgeward[serve-grpc]'"
+            raise HttpUnavailableError(msg) from exc
+        server = GrpcServer(self._settings.http, service)
+        server.start()
+        return server
 
 
 def build_cache(settings: Settings) -> ResponseCache | None:

@@ -37,10 +37,10 @@ from worker.rest.tensors import (
 )
 
 _NUMBER_MAX = 2**63 - 1
-_US_PER_S = 1_000_000
+US_PER_S = 1_000_000
 # A client sends the same JSON before each binary tensor: it is parsed once. 1 MB at most in all.
 _KEPT_HEADS, _KEPT_HEAD_BYTES = 256, 4096
-_REFUSED = ("sequence_id", "sequence_start", "sequence_end")
+REFUSED_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _SHARED_MEMORY = "shared_memory_region"
 
 
@@ -187,7 +187,7 @@ def parse_head(text: bytes) -> Head:
         msg = "the request needs a list of inputs"
         raise RequestFormatError(msg)
     parameters = _get_parameters(document, "the request")
-    refused = next((key for key in _REFUSED if parameters.get(key)), None)
+    refused = next((key for key in REFUSED_PARAMETERS if parameters.get(key)), None)
     if refused is not None:
         msg = f"{refused}: sequences are not supported; no model here keeps a state"
         raise UnsupportedRequestError(msg)
@@ -203,7 +203,7 @@ def parse_head(text: bytes) -> Head:
         id=_parse_id(document.get("id")),
         is_binary=bool(_get_flag(parameters, "binary_data_output")),
         priority=_get_count(parameters, "priority"),
-        timeout_s=timeout_us / _US_PER_S if timeout_us else None,
+        timeout_s=timeout_us / US_PER_S if timeout_us else None,
         is_classifying=any(item.classes for item in outputs.values()),
         names=tuple(outputs),
     )
