@@ -114,7 +114,9 @@ def celery_message(task_name: str, task_id: str, payload: str) -> tuple[Any, dic
 class HeartbeatBody(BaseModel):
     """What a worker says of itself in its key."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    # Pydantic would keep each id of a task for ever, or until 16,384 others came: a megabyte, and
+    # many more of half-empty pages, as each one holds its page.
+    model_config = ConfigDict(strict=True, frozen=True, cache_strings="keys")
 
     worker: str
     """The process's own id."""

@@ -9,7 +9,7 @@ from agent.window import Window
 class JobOptions(BaseModel):
     """Wishes of a job beside the common ones. Source: docs/protocol.md, "Submit"."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", cache_strings="keys")
 
     on_error: str = "retry"
     retry_delay_s: float | None = None

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import json
+import re
 import socket
 import ssl
 import struct
@@ -140,7 +141,14 @@ def test_predict_answers_labels(box: Box) -> None:
 def test_documents_are_served(box: Box) -> None:
     status, body, _ = ask(box.server.port, "GET", "/openapi.json", None)
     assert (status, "/v2/models/{model}/infer" in json.loads(body)["paths"]) == (200, True)
-    assert ask(box.server.port, "GET", "/docs", None)[0] == 200
+    status, page, _ = ask(box.server.port, "GET", "/docs", None)
+    assert status == 200
+    # All that the page needs is on this box.
+    needed = re.findall(r'(?:src|href)="([^"]+)"', page.decode())
+    assert len(needed) >= 2
+    for path in needed:
+        assert path.startswith("/static"), path
+        assert ask(box.server.port, "GET", path, None)[0] == 200, path
     assert ask(box.server.port, "GET", "/v2/", None)[0] == 200
 
 

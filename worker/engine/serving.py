@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
+from weakref import ref
 
 from agent.errors import AgentError, VersionNotFoundError
 from agent.repository import ModelRepository, ModelVersion
@@ -95,6 +96,11 @@ class _Route:
     key: ModelKey
     checked: float
     """When the repository said so last, monotonic."""
+    served: ServedModel | None = None
+    model: "ref[LoadedModel] | None" = None
+    """What was found loaded; weak, as this must not keep an evicted model in memory."""
+    generation: int = -1
+    """Of the session cache when that was found."""
 
 
 @dataclass(slots=True)
@@ -278,13 +284,25 @@ class EngineService:
             route = self._check(name, version, route)
             if route is None:
                 return None
-        model = self._engine.cache.find(route.key)
-        return None if model is None else _Found(self._engine.get_served(route.key, model), model)
+        cache = self._engine.cache
+        if route.generation == cache.generation and route.model and route.served:
+            known = route.model()
+            if known is not None:
+                return _Found(route.served, known)
+        generation = cache.generation
+        model = cache.find(route.key)
+        if model is None:
+            return None
+        route.served = self._engine.get_served(route.key, model)
+        route.model, route.generation = ref(model), generation
+        return _Found(route.served, model)
 
     def _check(self, name: str, version: str | None, route: _Route) -> _Route | None:
         """Look again at what a name means: two or three looks at the disk."""
         now = time.monotonic()
         is_steady, route.checked = now - route.checked < _STEADY_S, now
+        # The session cache is told now and then that the model is in use.
+        route.generation = -1
         key = self._find_key(name, version, route)
         if key == route.key:
             return route

@@ -149,6 +149,8 @@ class SessionCache:
         self._records: dict[ModelKey, MemoryRecord] = {}
         self._lock = Lock()
         self._load_ended = Condition(self._lock)
+        self.generation = 0
+        """Another one whenever a model has gone: who keeps what `find` returned asks again then."""
 
     def load(self, key: ModelKey, loader: Callable[[], LoadedModel]) -> LoadedModel:
         """Return the model of `key`, calling `loader` if no thread has done so before.
@@ -246,6 +248,7 @@ class SessionCache:
                 break
             excess_mb -= slot.mb
             evicted.append(self._slots.pop(key))
+            self.generation += 1
             _log.info("%s %s is evicted: %.0f MB", key.name, key.version, slot.mb)
         return evicted
 
@@ -292,6 +295,7 @@ class SessionCache:
         """
         with self._lock:
             slot = self._slots.pop(key, None)
+            self.generation += 1
             self._load_ended.notify_all()
         return slot is not None
 

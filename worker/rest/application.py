@@ -20,8 +20,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 from agent.errors import AgentError
 from platforms.errors import PlatformError
@@ -37,6 +37,8 @@ from worker.rest.errors import (
     encode_error,
     find_status,
 )
+from worker.rest.paths import Target, parse_target
+from worker.rest.shortcut import build_shortcut
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -56,15 +58,6 @@ _CLOSE = (b"connection", b"close")
 _OWN = (AgentError, PlatformError, WorkerError)
 
 _log = logging.getLogger(__name__)
-
-
-class Target(NamedTuple):
-    """What a path of the fast way means."""
-
-    action: str
-    """`infer` or `ready`."""
-    model: str
-    version: str | None
 
 
 class _Gone(Exception):  # noqa: N818 - not an error: the client has gone away
@@ -162,6 +155,10 @@ class Application:
         self._load = load
         self._authorization = None if token is None else b"Bearer " + token.encode()
         self._origins = frozenset(origins)
+        self.answer_at_once: Callable[[bytes], bytes | None] | None = None
+        """From the bytes of a read to those of an answer; None where each request is looked at."""
+        if token is None:
+            self.answer_at_once = build_shortcut(service, load.bounds.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -423,23 +420,6 @@ class _Body:
 
 
 # --- paths, headers and answers -------------------------------------------------------------
-
-
-@lru_cache(1024)
-def parse_target(raw_path: bytes) -> Target | None:
-    """Return what a path of the fast way means; None for any other."""
-    parts = [unquote(part) for part in raw_path.decode("latin-1").split("/")]
-    match parts:
-        case ["", "v2", "health", ("live" | "ready") as what]:
-            return Target("ready", "", what)
-        case ["", "v2", "models", model, ("infer" | "ready") as action] if model:
-            return Target(action, model, None)
-        case ["", "v2", "models", model, "versions", version, ("infer" | "ready") as action] if (
-            model and version
-        ):
-            return Target(action, model, version)
-        case _:
-            return None
 
 
 def parse_head_length(value: bytes | None) -> int | None:

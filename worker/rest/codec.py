@@ -339,8 +339,7 @@ def encode_answer(call: Call, response: TensorResponse, info: ModelInfo | None =
             is_binary = is_binary if asked.is_binary is None else asked.is_binary
             if asked.classes and info is not None:
                 array = rank(found, asked.classes, info, name)
-        datatype, shape = get_datatype(array), ",".join(map(str, array.shape))
-        start = f'{{"name":{_quote(name)},"datatype":"{datatype}","shape":[{shape}],'
+        start = _describe(name, get_datatype(array), array.shape)
         if is_binary:
             tail = write_binary(array)
             parts.append(tail)
@@ -356,6 +355,12 @@ def encode_answer(call: Call, response: TensorResponse, info: ModelInfo | None =
         return Answer(text, None)
     parts[0] = text
     return Answer(b"".join(parts), len(text))
+
+
+@lru_cache(1024)
+def _describe(name: str, datatype: Datatype, shape: tuple[int, ...]) -> str:
+    axes = ",".join(map(str, shape))
+    return f'{{"name":{_quote(name)},"datatype":"{datatype}","shape":[{axes}],'
 
 
 @lru_cache(1024)

@@ -20,6 +20,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from agent.errors import AgentError
@@ -68,7 +69,8 @@ def build_management(service: Service, extras: Extras | None = None) -> FastAPI:
     """Return the application of the management routes."""
     extras = extras or Extras()
     # The documents' own pages stand on /docs; redoc would be a second one of the same.
-    app = FastAPI(title="Edgeward", version=read_version(), redoc_url=None)
+    # With its script and style on this box: there may be no Internet.
+    app = FastAPIOffline(title="Edgeward", version=read_version(), redoc_url=None)
     app.openapi = lambda: build_openapi(read_version())  # type: ignore[method-assign]
     _add_descriptions(app, service)
     _add_repository(app, service)
