@@ -1,6 +1,7 @@
 """The short way of small binary requests: taken where it may be, and answering as the long one."""
 
 import json
+import random
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,3 +188,23 @@ def test_server_with_a_token_looks_at_each_request(tmp_path: Path) -> None:
         more = "Authorization: Bearer secret\r\n"
         assert ask(connection, build_request(more=more))[0].endswith(b"200 OK")
         assert ask(connection, build_request())[0].endswith(b"401 Unauthorized")
+
+
+def test_damaged_requests_are_answered_or_go_the_long_way(
+    shortcut: Callable[[bytes], bytes | None],
+) -> None:
+    draw = random.Random(5)
+    whole = build_request()
+    for _ in range(5_000):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(len(data))
+            match draw.randrange(3):
+                case 0:
+                    data[place] = draw.randrange(256)
+                case 1:
+                    del data[place : place + draw.randint(1, 9)]
+                case _:
+                    data[place:place] = draw.randbytes(draw.randint(1, 9))
+        answer = shortcut(bytes(data))
+        assert answer is None or answer[:12] in (b"HTTP/1.1 200", b"HTTP/1.1 400")
