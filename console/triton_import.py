@@ -9,7 +9,6 @@ manifest with its sha256. All versions are prepared before the first one is adde
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,11 +22,9 @@ from agent.manifest import (
     write_manifest,
 )
 from console.errors import InputFileError
-from platforms.artifact import ArtifactFormat, Precision, TensorSpec
+from console.model_files import FORMATS, copy_part, find_parts, load_somewhere, to_entries
+from platforms.artifact import SAVED_MODEL_FILE, ArtifactFormat, Precision
 from platforms.errors import RuntimeMissingError
-from platforms.runtimes.base import LoadOptions, Session
-from platforms.runtimes.onnx_locations import read_external_locations
-from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime
 from worker.engine.modelconfig.completion import Graph, complete
 from worker.engine.modelconfig.serving import WarmupSource, from_config, read_datatype
 from worker.engine.modelconfig.source import build_serving, find_config
@@ -36,17 +33,6 @@ from worker.engine.modelconfig.text import CONFIG_FILE, ConfigText, format_confi
 from worker.engine.sessions import probe_batching
 
 LATEST = "latest"
-
-_FORMATS = {
-    ".onnx": ArtifactFormat.ONNX,
-    ".pt": ArtifactFormat.TORCHSCRIPT,
-    ".pt2": ArtifactFormat.TORCH_EXPORT,
-    ".tflite": ArtifactFormat.TFLITE,
-    ".xml": ArtifactFormat.OPENVINO,
-    ".savedmodel": ArtifactFormat.SAVED_MODEL,
-}
-"""What Triton's backends call their files: `model` and one of these."""
-_SAVED_MODEL_FILE = "saved_model.pb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +98,12 @@ def write_triton_version(
     """
     config = _read_config(model, version.folder, has_gpu=has_gpu)
     artifact, artifact_format = _find_artifact(version.folder, config)
-    copied = [_copy(version.folder, file, target) for file in _find_parts(version.folder, artifact)]
+    copied = [
+        copy_part(version.folder, file, target) for file in find_parts(version.folder, artifact)
+    ]
     if config is not None:
-        copied += [_copy(model, file, target) for file in _find_companions(config)]
-        copied.append(_copy(Path(config.origin).parent, CONFIG_FILE, target))
+        copied += [copy_part(model, file, target) for file in _find_companions(config)]
+        copied.append(copy_part(Path(config.origin).parent, CONFIG_FILE, target))
     inputs, outputs = _read_tensors(target / artifact, artifact_format, config)
     others = dict.fromkeys(file for file in copied if file != artifact)
     manifest = Manifest(
@@ -153,33 +141,18 @@ def _read_config(model: Path, version: Path, *, has_gpu: bool) -> ConfigText | N
 def _find_artifact(version: Path, config: ConfigText | None) -> tuple[str, ArtifactFormat]:
     """Return the model file of a version folder, below it, and its format."""
     named = "" if config is None else config.message.default_model_filename
-    names = [named] if named else [f"model{suffix}" for suffix in _FORMATS]
+    names = [named] if named else [f"model{suffix}" for suffix in FORMATS]
     for name in names:
         path = version / name
-        model_format = _FORMATS.get(Path(name).suffix)
+        model_format = FORMATS.get(Path(name).suffix)
         if model_format is None or not path.exists():
             continue
         if model_format is ArtifactFormat.SAVED_MODEL:
-            return f"{name}/{_SAVED_MODEL_FILE}", model_format
+            return f"{name}/{SAVED_MODEL_FILE}", model_format
         # Triton also takes a folder of that name, for a model in several files.
         return (f"{name}/{name}" if path.is_dir() else name), model_format
     msg = f"{version} has none of {', '.join(names)}: no model that Edgeward reads"
     raise InputFileError(msg)
-
-
-def _find_parts(version: Path, artifact: str) -> Iterator[str]:
-    """Yield the files that an artifact consists of, itself first, below the version's folder."""
-    yield artifact
-    path = version / artifact
-    if path.suffix == ".onnx":
-        folder = PurePosixPath(artifact).parent
-        yield from (str(folder / location) for location in read_external_locations(path))
-    elif path.suffix == ".xml":
-        yield str(PurePosixPath(artifact).with_suffix(".bin"))
-    elif path.name == _SAVED_MODEL_FILE:
-        for part in sorted(path.parent.rglob("*")):
-            if part.is_file() and part != path:
-                yield part.relative_to(version).as_posix()
 
 
 def _find_companions(config: ConfigText) -> Iterator[str]:
@@ -191,20 +164,6 @@ def _find_companions(config: ConfigText) -> Iterator[str]:
                 yield tensor.file
 
 
-def _copy(root: Path, file: str, target: Path) -> str:
-    source = root / file
-    if not source.resolve().is_relative_to(root.resolve()) or ".." in PurePosixPath(file).parts:
-        msg = f"{file!r} is outside {root}"
-        raise InputFileError(msg)
-    if not source.is_file():
-        msg = f"{source} is missing"
-        raise InputFileError(msg)
-    copy = target / file
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, copy)
-    return file
-
-
 Tensors = tuple[TensorEntry, ...]
 
 
@@ -213,7 +172,7 @@ def _read_tensors(
 ) -> tuple[Tensors, Tensors]:
     """Return inputs and outputs by the graph, or by the file where nothing here can load it."""
     try:
-        session = _load(path, model_format)
+        session = load_somewhere(path, model_format)
     except RuntimeMissingError:
         if config is None or not (config.message.input and config.message.output):
             raise
@@ -231,18 +190,7 @@ def _read_tensors(
     if config is not None:
         # Only for its checks: what contradicts the graph is refused here, not at the first load.
         complete(config, graph, from_config(config))
-    return _to_entries(graph.inputs), _to_entries(graph.outputs)
-
-
-def _load(path: Path, model_format: ArtifactFormat) -> Session:
-    missing = f"no runtime reads {model_format.value}"
-    for runtime, formats in RUNTIME_FORMATS.items():
-        if model_format in formats:
-            try:
-                return get_runtime(runtime).load(path, LoadOptions(threads=1))
-            except RuntimeMissingError as exc:
-                missing = str(exc)
-    raise RuntimeMissingError(missing)
+    return to_entries(graph.inputs), to_entries(graph.outputs)
 
 
 def _read_entries(entries: Iterator[object], max_batch_size: int) -> Tensors:
@@ -253,12 +201,6 @@ def _read_entries(entries: Iterator[object], max_batch_size: int) -> Tensors:
         datatype = read_datatype(getattr(entry, "data_type", 0))
         found.append(TensorEntry(name=name, datatype=datatype, shape=(*batch, *dims)))
     return tuple(found)
-
-
-def _to_entries(specs: tuple[TensorSpec, ...]) -> Tensors:
-    return tuple(
-        TensorEntry(name=spec.name, datatype=spec.datatype, shape=spec.shape) for spec in specs
-    )
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -289,14 +231,14 @@ def export_triton(folders: dict[int, Path], target: Path) -> list[Path]:
         config = find_config(folder, manifest, has_gpu=True)
         companions = set() if config is None else set(_find_companions(config))
         for file in parts:
-            _copy(folder, file, target if file in companions else target / str(number))
+            copy_part(folder, file, target if file in companions else target / str(number))
         text = _build_config(folder, manifest, artifact, config)
         (target / CONFIG_FILE).write_text(text, encoding="utf-8")
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
 def _choose_artifact(manifest: Manifest) -> ArtifactEntry:
-    known = set(_FORMATS.values())
+    known = set(FORMATS.values())
     found = next((entry for entry in manifest.artifacts if entry.format in known), None)
     if found is None:
         msg = f"{manifest.name} {manifest.version} has no artifact that Triton reads"
@@ -307,7 +249,7 @@ def _choose_artifact(manifest: Manifest) -> ArtifactEntry:
 def _build_config(
     folder: Path, manifest: Manifest, artifact: ArtifactEntry, config: ConfigText | None
 ) -> str:
-    session = _load(folder / artifact.file, artifact.format)
+    session = load_somewhere(folder / artifact.file, artifact.format)
     try:
         is_batchable = probe_batching(session)
     finally:

@@ -7,6 +7,9 @@ manifest on disk (`agent.manifest`) builds these; nothing here touches a file.
 from dataclasses import dataclass
 from enum import StrEnum
 
+SAVED_MODEL_FILE = "saved_model.pb"
+"""An artifact of the format SavedModel is named by this file of its folder."""
+
 
 class ArtifactFormat(StrEnum):
     """Formats of a model file."""

@@ -2,15 +2,33 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from console.bench.options import (
+    AgainstOption,
+    ArtifactOption,
+    BatchOption,
+    ConcurrencyOption,
+    ForceOption,
+    ModelArgument,
+    PlotOption,
+    ReportOption,
+    RoundsOption,
+    RuntimeOption,
+    SaveBaselineOption,
+    SecondsOption,
+    ShapeOption,
+    StressOption,
+    ThreadsOption,
+    VersionOption,
+    parse_numbers,
+    parse_shapes,
+)
 from console.exits import Exit
 from console.invocation import Invocation, command, end_with
-from console.output import build_facts, build_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,15 +41,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_ROWS = 16
 """Different input rows of a measurement; larger batches repeat them."""
-_LARGEST = 4096
 _CONFIRMATIONS = 2
 """Times that what looks slower than a baseline is measured again before it is told."""
-
-
-class _Panel(StrEnum):
-    LOAD = "Load"
-    FILES = "Files"
-    BASELINE = "Baseline"
 
 
 def register(parent: typer.Typer) -> None:
@@ -39,120 +50,24 @@ def register(parent: typer.Typer) -> None:
     command(parent, "bench")(bench_model)
 
 
-def _parse_numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers of `1,2,4`, each once.
-
-    Raises:
-        typer.BadParameter: one is none, or out of range.
-    """
-    try:
-        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as exc:
-        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4") from exc
-    if any(not 1 <= number <= _LARGEST for number in found):
-        raise typer.BadParameter(f"{text!r}: each number is from 1 to {_LARGEST}")
-    return found
-
-
-def parse_shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of `x=3,224,224` by input name.
-
-    Raises:
-        typer.BadParameter: one has another form.
-    """
-    found = {}
-    for text in texts or ():
-        name, _, axes = text.rpartition("=")
-        parts = axes.split(",")
-        if not name or not all(part.isdecimal() and int(part) for part in parts):
-            raise typer.BadParameter(f"{text!r} has not the form NAME=3,224,224")
-        found[name] = tuple(map(int, parts))
-    return found
-
-
-ShapeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--shape",
-        metavar="NAME=3,224,224",
-        help="An input's free axes, without the batch; for random inputs.",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="Threads inside an operator; else as the worker's."),
-]
-
-
 def bench_model(
     call: Invocation,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model here, NAME@VERSION, or a path.")
-    ],
-    version: Annotated[str | None, typer.Option(help="Number or release.")] = None,
-    artifact: Annotated[
-        list[str] | None, typer.Option(help="Only this file; may be repeated.")
-    ] = None,
-    runtime: Annotated[
-        list[str] | None, typer.Option(help="Only this runtime; may be repeated.")
-    ] = None,
-    concurrency: Annotated[
-        str,
-        typer.Option(help="Threads that ask at the same time.", rich_help_panel=_Panel.LOAD),
-    ] = "1,2,4,8",
-    batch: Annotated[
-        str, typer.Option(help="Rows per run, of one thread.", rich_help_panel=_Panel.LOAD)
-    ] = "1,4,16",
-    seconds: Annotated[
-        float,
-        typer.Option(min=0.01, help="Per point, all rounds together.", rich_help_panel=_Panel.LOAD),
-    ] = 3.0,
-    rounds: Annotated[
-        int, typer.Option(min=1, max=100, help="Fresh starts of each.", rich_help_panel=_Panel.LOAD)
-    ] = 3,
+    model: ModelArgument,
+    version: VersionOption = None,
+    artifact: ArtifactOption = None,
+    runtime: RuntimeOption = None,
+    concurrency: ConcurrencyOption = "1,2,4,8",
+    batch: BatchOption = "1,4,16",
+    seconds: SecondsOption = 3.0,
+    rounds: RoundsOption = 3,
     threads: ThreadsOption = None,
     shape: ShapeOption = None,
-    stress: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            metavar="SECONDS",
-            help="Instead: full load for so long, at the highest concurrency; count failures.",
-            rich_help_panel=_Panel.LOAD,
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Write bench.json, .md, .svg there.", rich_help_panel=_Panel.FILES
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw it: .png, .svg or .pdf.", rich_help_panel=_Panel.FILES
-        ),
-    ] = None,
-    save_baseline: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Keep it to compare with later.", rich_help_panel=_Panel.BASELINE
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Fail where it is slower than this baseline beyond noise.",
-            rich_help_panel=_Panel.BASELINE,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Also against another box or model.", rich_help_panel=_Panel.BASELINE
-        ),
-    ] = False,
+    stress: StressOption = None,
+    report: ReportOption = None,
+    plot: PlotOption = None,
+    save_baseline: SaveBaselineOption = None,
+    against: AgainstOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure how fast a model runs here: every artifact, every runtime, under load.
 
@@ -176,8 +91,7 @@ def bench_model(
     found = measure(artifact or [], runtime or [])
     judgement = None
     if before is not None:
-        judgement = _judge(call, before, found, force=force)
-        judgement = _confirm(call, before, judgement, measure)
+        judgement = _confirm(call, before, _judge(call, before, found, force=force), measure)
     _show_report(call, found, judgement)
     _write_files(call, found, report, plot, save_baseline)
     is_good = bool(found.measured) and not found.failed
@@ -196,7 +110,7 @@ class _Wish:
         shapes: dict[str, tuple[int, ...]],
         stress_s: float | None,
     ) -> None:
-        self.concurrency, self.batch = (_parse_numbers(text) for text in loads)
+        self.concurrency, self.batch = (parse_numbers(text) for text in loads)
         self.seconds = seconds
         self.rounds = rounds
         self.threads = threads
@@ -382,47 +296,13 @@ def _show_report(call: Invocation, found: "Report", judgement: "Judgement | None
     document = found.model_dump(mode="json", by_alias=True)
     if judgement is not None:
         document["against"] = judgement.to_json()
-    call.out.show(document, lambda: _render_report(found, judgement))
+    call.out.show(document, lambda: _render(found, judgement))
 
 
-def _render_report(found: "Report", judgement: "Judgement | None") -> Any:
-    from rich.console import Group
-    from rich.text import Text
+def _render(found: "Report", judgement: "Judgement | None") -> Any:
+    from console.bench.screen import render_report
 
-    from console.bench import report as forms
-
-    head = build_facts(
-        [
-            ("Model", forms.describe_model(found)),
-            ("Box", forms.describe_box(found)),
-            ("How", forms.describe_conditions(found)),
-        ]
-    )
-    tables = (
-        (forms.LOAD_HEADERS, [*forms.iterate_load_rows(found)]),
-        (forms.POINT_HEADERS, [*forms.iterate_point_rows(found)]),
-        (forms.STRESS_HEADERS, [*forms.iterate_stress_rows(found)]),
-    )
-    parts: list[Any] = [head]
-    for headers, rows in tables:
-        if rows:
-            parts += [Text(), build_table(headers, rows)]
-    parts += [Text(f"– {line}", style="yellow") for line in forms.iterate_left_out(found)]
-    if judgement is not None:
-        parts += [Text(), *_render_judgement(judgement)]
-    return Group(*parts)
-
-
-def _render_judgement(judgement: "Judgement") -> list[Any]:
-    from rich.text import Text
-
-    bad = [*judgement.broken, *map(str, judgement.regressions)]
-    lines = [Text(f"– {note}") for note in judgement.notes]
-    lines += [Text(f"✗ {line}", style="red") for line in bad]
-    if not bad:
-        text = f"✓ no slower than the baseline beyond noise ({judgement.compared} points)"
-        lines.append(Text(text, style="green"))
-    return lines
+    return render_report(found, judgement)
 
 
 def _write_files(

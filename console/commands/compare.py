@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from console.commands.bench import ShapeOption, ThreadsOption, make_advance, parse_shapes
+from console.bench.options import ShapeOption, ThreadsOption, parse_shapes
+from console.commands.bench import make_advance
 from console.exits import Exit
 from console.invocation import Invocation, command, end_with
 from console.output import build_table

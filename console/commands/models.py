@@ -38,35 +38,38 @@ def add_model(
     name: NameArgument,
     path: Annotated[
         Path,
-        typer.Argument(help="A folder with manifest.json, a Triton model's, or an .onnx file."),
+        typer.Argument(
+            help="A folder with manifest.json, a Triton model's, or a bare model: .onnx, .xml "
+            "with its .bin, .tflite, .pt2, a SavedModel's folder."
+        ),
     ],
     activate: Annotated[
         bool, typer.Option(help="Whether to make it the active version at once.")
     ] = True,
     release: Annotated[
-        str | None, typer.Option(help="The version's name, for an .onnx file.")
+        str | None, typer.Option(help="The version's name, for a bare model.")
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of the weights, for an .onnx file.")
+        Precision, typer.Option(help="Of the weights, for a bare model.")
     ] = Precision.FP32,
 ) -> None:
     """Add a version of a model and make it the active one."""
     import tempfile
 
-    repository = _open(call)
-    if path.is_dir() and not (path / "manifest.json").exists():
-        found = _add_triton(call, repository, path, name, activate=activate, precision=precision)
-    elif path.is_dir():
-        found = _copy(call, repository, path, name, activate=activate)
-    elif path.suffix == ".onnx" and path.is_file():
-        from console.onnx_import import write_onnx_version
+    from console.file_import import find_format, write_file_version
 
+    repository = _open(call)
+    if (path / "manifest.json").exists():
+        found = _copy(call, repository, path, name, activate=activate)
+    elif find_format(path) is not None:
         _check_name(name)
         with tempfile.TemporaryDirectory(prefix="edgeward-import-") as folder:
-            write_onnx_version(path, Path(folder), name, release=release, precision=precision)
+            write_file_version(path, Path(folder), name, release=release, precision=precision)
             found = _copy(call, repository, Path(folder), name, activate=activate)
+    elif path.is_dir():
+        found = _add_triton(call, repository, path, name, activate=activate, precision=precision)
     else:
-        msg = f"{path} is neither a folder with manifest.json nor an .onnx file"
+        msg = f"{path} is neither a folder with manifest.json nor a model file"
         raise InputFileError(msg)
     _show(call, found)
 

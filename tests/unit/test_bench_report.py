@@ -1,9 +1,11 @@
 """A report's statistics and forms, and when a point counts as slower than a baseline."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from console.bench.baseline import Judgement, confirm, find_mismatches, judge
 from console.bench.campaign import plan_loads
@@ -20,6 +22,7 @@ from console.bench.report import (
     read_report,
     render_markdown,
 )
+from console.bench.screen import render_report
 from console.errors import InputFileError
 
 
@@ -214,3 +217,20 @@ def test_spread_of_one_round_has_no_range() -> None:
 
 def test_sweeps_share_their_common_point() -> None:
     assert plan_loads((1, 2), (1, 4)) == ((1, 1), (2, 1), (1, 4))
+
+
+def test_screen_of_eighty_columns_holds_each_load_in_one_line() -> None:
+    rate, p95 = spread(304_270, 359_990, 392_906), spread(0.036, 0.064, 0.107)
+    points = [make_point(p95, rate, concurrency) for concurrency in (1, 16)]
+    memory = dict.fromkeys(("rss_mb", "rss_end_mb", "pss_mb", "pss_end_mb"), spread(98.3, 101))
+    measured = make_configuration(*points, load_ms=p95, is_chosen=True, **memory)
+    failed = make_configuration(artifact="b.onnx", status="failed", detail="it died with SIGILL")
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(render_report(make_report(measured, failed), None))
+    lines = console.export_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("16 × 1")]
+    assert "359,990 (304,270–392,906)" in line
+    assert "0.064 (0.036–0.107)" in line
+    assert max(map(len, lines)) <= 80
+    assert any("a.onnx ★" in line and "ort 1.32.0" in line for line in lines)
+    assert any("it died with SIGILL" in line for line in lines)

@@ -323,7 +323,7 @@ class Batcher:
         now, rules = time.perf_counter_ns(), self.options.get_rules(priority)
         queue = priority if self.options.priority_levels else 0
         with self._lock:
-            waiting = self._waiting_by[queue]
+            waiting = self._waiting_by[queue] if queue else self._waiting
             if waiting >= rules.requests_max:
                 self.stats.add_failure(FailReason.REJECTED)
                 of = f" of priority {queue}" if queue else ""
@@ -342,7 +342,9 @@ class Batcher:
                 deadline_ns=None if timeout_s is None else now + int(timeout_s * 1e9),
             )
             self._insert(item)
-            self._count_waiting(item, 1)
+            self._waiting += 1
+            if queue:
+                self._waiting_by[queue] += 1
             must_start = self._busy < self.options.instances and not self._delaying
             self._busy += must_start
             if self._delaying:
@@ -355,9 +357,10 @@ class Batcher:
         self._arrivals += 1
         return (priority, is_late, self._arrivals)
 
-    def _count_waiting(self, item: _Waiting, step: int) -> None:
-        self._waiting += step
-        self._waiting_by[item.queue] += step
+    def _stop_waiting(self, item: _Waiting) -> None:
+        self._waiting -= 1
+        if item.queue:
+            self._waiting_by[item.queue] -= 1
 
     def _make_signature(self, inputs: Inputs) -> object:
         if not (self.options.is_batchable and self.options.is_joining):
@@ -393,7 +396,7 @@ class Batcher:
                 return False
             item.is_gone = True
             self._queue.remove(item)
-            self._count_waiting(item, -1)
+            self._stop_waiting(item)
             return True
 
     def _expire(self, item: _Waiting) -> None:
@@ -477,7 +480,7 @@ class Batcher:
                 continue
             item.is_gone = True
             self._queue.remove(item)
-            self._count_waiting(item, -1)
+            self._stop_waiting(item)
             _call_soon(item.future.get_loop(), self._reject_late, item)
 
     def _find_delay(self) -> float:
@@ -516,7 +519,7 @@ class Batcher:
             self._queue = [entry for entry in self._queue if id(entry) not in names]
         now, batch = time.perf_counter_ns(), _Batch(len(taken))
         for item in taken:
-            self._count_waiting(item, -1)
+            self._stop_waiting(item)
             item.taken_ns, item.batch = now, batch
         return taken
 
