@@ -129,6 +129,8 @@ def open_box(folder: Path, link: str, keepalive_s: int) -> Iterator[LinkedBox]:
 def measure_mqtt(folder: Path, how: str, keepalive_s: int) -> dict[str, Any]:
     """Leave the MQTT link half-open; return when the agent found out, and what was lost."""
     with open_box(folder, "mqtt", keepalive_s) as linked:
+        # The status file is older than the connection, and says "offline" for a moment yet.
+        wait_until(lambda: linked.read_status("mqtt") == "online", _ONLINE_S, "its status says so")
         before = linked.proxy.accepted
         began = time.monotonic()
         if how == ABANDONED:

@@ -21,7 +21,15 @@ X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    with serve_models(tmp_path_factory.mktemp("v2"), keep_alive_s=1) as box:
+    with pytest.MonkeyPatch.context() as patch:
+        # However busy this machine is: the model counts as a quick one.
+        patch.setattr("worker.engine.serving.HANDOFF_MS", 1000.0)
+        patch.setattr("worker.engine.serving.INLINE_S", 1.0)
+        yield from serve_quick(tmp_path_factory.mktemp("v2"))
+
+
+def serve_quick(folder: Path) -> Iterator[Box]:
+    with serve_models(folder, keep_alive_s=1) as box:
         # Only a model that is loaded and known to be quick is run inline.
         with socket.create_connection(("127.0.0.1", box.server.port or 0)) as connection:
             ask(connection, build_request(), parts=2)

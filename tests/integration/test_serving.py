@@ -227,13 +227,15 @@ def test_tiny_measured_model_runs_inline_once_it_is_loaded(
     service = EngineService(engine, repository)
     assert service.infer_inline(ask()) is None
     infer(service, ask())
+    (served,) = engine.list_served()
+    # The answer is there a moment before its instance is free again.
+    wait_until(lambda: not served.batcher.busy, 10, "its instance is free")
     response = service.infer_inline(ask())
     assert response
     assert response.outputs["y"].tolist() == [[3, 6]]
     # Four rows took longer than the loop may be held up; a busy instance means someone computes.
     assert service.infer_inline(ask(x=np.ones((2, 2), np.float32)))
     assert service.infer_inline(ask(x=np.ones((4, 2), np.float32))) is None
-    (served,) = engine.list_served()
     with served.batcher.acquire():
         assert service.infer_inline(ask()) is None
     (stats,) = service.get_stats("scale")
