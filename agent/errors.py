@@ -22,7 +22,8 @@ AgentError
 │   ├── VersionNotFoundError
 │   ├── ManifestError       a manifest is missing, malformed or contradicts its files
 │   ├── DigestMismatchError a file is not what its manifest says
-│   └── RepositoryBusyError another process holds the repository's lock
+│   ├── RepositoryBusyError another process holds the repository's lock
+│   └── ReleaseError        a release is malformed or not what was asked for
 ├── InputError              a job's input cannot be read
 │   ├── PathNotAllowedError the path leaves the configured roots
 │   ├── InputNotFoundError
@@ -162,6 +163,12 @@ class ManifestError(ModelError):
     """A manifest is missing, malformed, or contradicts the files beside it."""
 
     code = "bad_manifest"
+
+
+class ReleaseError(ModelError):
+    """A release is malformed, or is not the one that was asked for."""
+
+    code = "bad_release"
 
 
 class DigestMismatchError(ModelError):

@@ -30,13 +30,19 @@ def _check_relative(name: str) -> str:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         msg = f"{name!r} must be a path inside the version's folder"
         raise ValueError(msg)
-    if path == PurePosixPath(MANIFEST_FILE):
+    return name
+
+
+def _check_other(name: str) -> str:
+    if PurePosixPath(name) == PurePosixPath(MANIFEST_FILE):
         msg = "the manifest does not list itself"
         raise ValueError(msg)
     return name
 
 
-FileName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_relative)]
+SafePath = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_relative)]
+"""Of a file inside a version's folder."""
+FileName = Annotated[SafePath, AfterValidator(_check_other)]
 
 
 class _Strict(BaseModel):

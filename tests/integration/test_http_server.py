@@ -66,13 +66,16 @@ def read_error(body: bytes) -> str:
 
 
 def talk(port: int | None, data: bytes, *, end: bool = False) -> bytes:
-    """Send bytes as they are, and return everything that comes until the server hangs up."""
+    """Send bytes as they are, and return everything that comes until the server hangs up.
+
+    A server that refuses may hang up while the client is still sending; then nothing comes.
+    """
     with closing(socket.create_connection(("127.0.0.1", port or 0), timeout=30)) as connection:
-        connection.sendall(data)
-        if end:
-            connection.shutdown(socket.SHUT_WR)
         parts = []
         try:
+            connection.sendall(data)
+            if end:
+                connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(65536):
                 parts.append(part)
         except ConnectionResetError:
