@@ -10,7 +10,7 @@ Invariants:
   is never signalled after the kernel may have given it to another process.
 - Each child leads a session of its own, so that Ctrl-C in the terminal reaches the
   supervisor only, and so that what a child leaves behind can be killed as its group.
-- No child outlives a supervisor that was killed (Linux; see `console.tether`). A process
+- No child outlives a supervisor that was killed (Linux; see `platforms.tether`). A process
   that a *child* started is covered by the ordered stop only.
 
     stopped ──start_child──► running ──exit──► waiting ──back-off──► running
@@ -47,7 +47,7 @@ STOP_GRACE_S = 10.0
 ROTATE_OVER_BYTES = 5 * 1024 * 1024
 _READY_POLL_S = 0.05
 _LOG_TAIL_LINES = 15
-_TETHER = Path(__file__).with_name("tether.py")
+_TETHER = Path(__file__).parents[1] / "platforms" / "tether.py"
 
 
 def _always_ready() -> bool:

@@ -9,7 +9,6 @@ ConsoleError
 ├── WaitTimedOutError     what was waited for did not come in time
 ├── ConsoleStoreError     the file of `edgeward console` cannot be used
 ├── AlreadyListeningError another `edgeward console listen` uses the file
-├── MeasuringError        a model could not be run to be measured
 ├── BaselineMismatchError a baseline is of another box, another model or other conditions
 ├── PlotMissingError      the plotting library is not installed
 ├── DemoStepError         a step of the demo did not show what it should
@@ -76,12 +75,6 @@ class AlreadyListeningError(ConsoleError):
     """Another `edgeward console listen` uses the same file."""
 
     code = "already_listening"
-
-
-class MeasuringError(ConsoleError):
-    """A model could not be run to be measured: it was refused, or its process died or hung."""
-
-    code = "measuring_failed"
 
 
 class BaselineMismatchError(ConsoleError):

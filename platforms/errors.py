@@ -6,7 +6,8 @@ PlatformError
 ├── NoArtifactError        no artifact of a model version can run on this box
 ├── TensorError            tensors given to a model do not fit it
 ├── InferenceError         the runtime failed on inputs that fit
-└── RunStoppedError        the run was stopped from outside
+├── RunStoppedError        the run was stopped from outside
+└── MeasuringError         a file could not be run to be measured
 """
 
 from typing import ClassVar
@@ -53,3 +54,9 @@ class RunStoppedError(PlatformError):
     """Another thread stopped the run: it was cancelled, or past its time."""
 
     code = "run_stopped"
+
+
+class MeasuringError(PlatformError):
+    """A model could not be run to be measured: it was refused, or its process died or hung."""
+
+    code = "measuring_failed"

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from console.bench.measurer import Measurer
 from console.bench.report import Configuration, Point, Spread, Stress
 from console.bench.target import Target
-from console.errors import MeasuringError
+from platforms.errors import MeasuringError
+from platforms.measuring.measurer import Measurer
 from platforms.selection import Candidate, Verdict
 
 Load = tuple[int, int]

@@ -16,12 +16,12 @@ import numpy as np
 
 from console.bench.campaign import open_artifact
 from console.bench.feed import Feed, has_own_preprocessing, iterate_inputs
-from console.bench.measurer import Measurer
-from console.bench.sample import Shapes, load_arrays, save_arrays
 from console.bench.target import Target
-from console.errors import InputFileError, MeasuringError
+from console.errors import InputFileError
 from platforms.artifact import Datatype, TensorSpec
-from platforms.errors import TensorError
+from platforms.errors import MeasuringError, TensorError
+from platforms.measuring.measurer import Measurer
+from platforms.measuring.sample import Shapes, load_arrays, save_arrays
 from platforms.parity import Likeness, Parity, compare_output, find_worst, judge_likeness
 from platforms.runtimes.base import Array
 from platforms.selection import Candidate

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 from agent.manifest import Manifest
-from console.bench.sample import SEED, Shapes, make_random_inputs
 from console.bench.target import Target
 from console.errors import InputFileError
 from platforms.artifact import TensorSpec
 from platforms.errors import TensorError
+from platforms.measuring.sample import SEED, Shapes, make_random_inputs
 from platforms.runtimes.base import Array
 from worker.errors import WorkerError
 from worker.processing.registry import build_preprocessor

@@ -120,7 +120,7 @@ class _Wish:
     def make_plan(self, spec: "PlatformSpec", inputs: Path | None) -> "Plan":
         """Return what is asked of each configuration."""
         from console.bench.campaign import Plan, plan_loads
-        from console.bench.sample import SEED
+        from platforms.measuring.sample import SEED
         from worker.engine.threads import compute_threads
 
         loads = plan_loads(self.concurrency, self.batch)
@@ -192,7 +192,7 @@ def make_advance(progress: "Progress | None", total: int) -> Any:
 def _prepare_inputs(target: "Target", folder: Path) -> tuple[Path | None, str]:
     """Write rows of real or made-up inputs to a file; None where random tensors have to do."""
     from console.bench.feed import choose_feed, iterate_inputs, stack_inputs
-    from console.bench.sample import save_arrays
+    from platforms.measuring.sample import save_arrays
 
     feed = choose_feed([target], None, _SAMPLE_ROWS)
     if not feed.items:

@@ -4,7 +4,7 @@ from tests.architecture.test_imports import import_fresh
 
 
 def test_measuring_child_loads_neither_the_command_line_nor_a_runtime() -> None:
-    loaded = import_fresh("console.bench.child")
+    loaded = import_fresh("platforms.measuring.child")
 
     assert "numpy" in loaded, "the probe sees nothing"
     assert loaded & {"agent", "onnxruntime", "pydantic", "rich", "typer", "worker"} == set()

@@ -29,7 +29,7 @@ ROOTS: tuple[type[Exception], ...] = (
 )
 PACKAGES = (agent, console, converters, platforms, worker)
 # An entry point that runs on import, and migrations, which only Alembic may import.
-_NOT_IMPORTED = ("console.tether", "console.embedded_mqtt", "agent.store.migrations.env")
+_NOT_IMPORTED = ("platforms.tether", "console.embedded_mqtt", "agent.store.migrations.env")
 
 # Reasons that no exception carries: the job state machine's own words. From docs/protocol.md.
 JOB_REASONS = {

@@ -260,7 +260,7 @@ def find_children(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """Return the measuring children that have loaded their Python."""
     try:
         below = psutil.Process(process.pid).children(recursive=True)
-        return [item for item in below if "console.bench.child" in item.cmdline()]
+        return [item for item in below if "platforms.measuring.child" in item.cmdline()]
     except psutil.NoSuchProcess:
         return []
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from console.bench import measurer
-from console.bench.measurer import Measurer
-from console.errors import MeasuringError
+from platforms.errors import MeasuringError
+from platforms.measuring import measurer
+from platforms.measuring.measurer import Measurer
 from tests.harness.wild_runtime import install_wild_runtime
 
 DIGITS = Path(__file__).parents[2] / "console" / "models" / "digits" / "digits.onnx"
@@ -32,7 +32,7 @@ def find_children() -> list[psutil.Process]:
     return [
         item
         for item in psutil.Process().children(recursive=True)
-        if item.status() != psutil.STATUS_ZOMBIE and "console.bench.child" in item.cmdline()
+        if item.status() != psutil.STATUS_ZOMBIE and "platforms.measuring.child" in item.cmdline()
     ]
 
 

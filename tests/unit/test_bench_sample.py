@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from console.bench.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
 from platforms.artifact import Datatype, TensorSpec
 from platforms.errors import TensorError
+from platforms.measuring.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
 from platforms.runtimes.base import DTYPES
 
 

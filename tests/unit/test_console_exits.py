@@ -23,12 +23,11 @@ from console.errors import (
     InlineTooLargeError,
     InputFileError,
     JobNotFoundError,
-    MeasuringError,
     PlotMissingError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
-from platforms.errors import NoArtifactError, PlatformError
+from platforms.errors import MeasuringError, NoArtifactError, PlatformError
 from worker.errors import BadImageError, WorkerError
 
 # Typed out: scripts rely on these numbers.

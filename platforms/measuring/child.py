@@ -23,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from console.bench.load import measure, read_memory, stress
-from console.bench.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
 from platforms.errors import PlatformError
+from platforms.measuring.load import measure, read_memory, stress
+from platforms.measuring.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
 from platforms.runtimes.base import Array, LoadOptions, Session
 from platforms.runtimes.registry import get_runtime
 

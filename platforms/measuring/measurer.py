@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from console.errors import MeasuringError
+from platforms.errors import MeasuringError
 
 _TETHER = Path(__file__).parents[1] / "tether.py"
-_MODULE = "console.bench.child"
+_MODULE = "platforms.measuring.child"
 _LAST_WORDS_BYTES = 4096
 _END_LIMIT_S = 5.0
 
@@ -73,7 +73,7 @@ class Measurer:
         """Send a request and wait for its answer.
 
         Args:
-            request: as `console.bench.child` takes it.
+            request: as `platforms.measuring.child` takes it.
             seconds: how long the work itself takes.
             on_progress: called with what the child reports on the way.
 
