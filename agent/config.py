@@ -414,6 +414,11 @@ class Settings(BaseSettings):
         return self.data_dir / "cache" / "costs"
 
     @property
+    def choices_dir(self) -> Path:
+        """Which artifact of each version is best here, as measured at staging."""
+        return self.data_dir / "choices"
+
+    @property
     def results_dir(self) -> Path:
         """Folder of results too large to travel inline."""
         return self.data_dir / "results"

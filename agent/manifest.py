@@ -61,6 +61,35 @@ class TensorEntry(_Strict):
         return TensorSpec(self.name, self.datatype, self.shape)
 
 
+class Tolerance(_Strict):
+    """How far answers may be from a reference and still be right.
+
+    A measure that an output does not have (a best class, where it has no classes) is passed over;
+    an output to which none applies needs `FALLBACK_SQNR_DB`.
+    """
+
+    min_agreement: float | None = Field(default=0.99, ge=0, le=1)
+    """Share of rows with the same best class."""
+    min_top_5: float | None = Field(default=None, ge=0, le=1)
+    min_sqnr_db: float | None = None
+    max_abs: float | None = Field(default=None, ge=0)
+
+
+FALLBACK_SQNR_DB = 20.0
+"""Signal to noise that an output without classes needs where nothing else is asked."""
+
+
+class Golden(_Strict):
+    """Inputs with the answers that the publisher vouches for; both are among the `files`.
+
+    `.npz` files with one array per tensor, by its name, axis 0 the rows.
+    """
+
+    inputs: FileName
+    outputs: FileName
+    tolerance: Tolerance = Tolerance()
+
+
 class Requirements(_Strict):
     """What an artifact needs of the box beyond a runtime that reads its format."""
 
@@ -79,6 +108,8 @@ class ArtifactEntry(_Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=1)
     requires: Requirements = Requirements()
+    tolerance: Tolerance | None = None
+    """In place of the golden set's, for one artifact."""
 
     def to_spec(self) -> ArtifactSpec:
         """Return the platform layer's form."""
@@ -202,6 +233,17 @@ class Manifest(_Strict):
     objective: Literal["latency_p95", "throughput", "memory", "energy"] = "latency_p95"
     serving: Serving | None = None
     """Batching, queues, instances, response cache, warm-up."""
+    golden: Golden | None = None
+    """What proves the version right on a box before it serves there."""
+
+    @model_validator(mode="after")
+    def _check_golden(self) -> "Manifest":
+        if self.golden is not None:
+            for name in (self.golden.inputs, self.golden.outputs):
+                if name not in self.files:
+                    msg = f"golden: {name!r} is not among the files"
+                    raise ValueError(msg)
+        return self
 
     def artifact_specs(self) -> tuple[ArtifactSpec, ...]:
         """Return the artifacts in the publisher's order, as selection sees them."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from agent.config import Settings
 from agent.manifest import Manifest
-from platforms.selection import Candidate
+from platforms.selection import Candidate, Preference
 from platforms.spec import PlatformSpec
 from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.configured import apply_config
@@ -27,6 +27,7 @@ from worker.engine.modelconfig.serving import ServingConfig
 from worker.engine.modelconfig.source import build_serving, find_config
 from worker.engine.sessions import load_model
 from worker.engine.threads import compute_sizes
+from worker.staging.preference import find_preference
 
 NOT_MEASURED = (
     "not measured yet: a worker with the HTTP API on (http.port) measures it at its first load"
@@ -247,7 +248,11 @@ def describe_load(settings: Settings, spec: PlatformSpec, folder: Path) -> dict[
         AgentError, PlatformError, WorkerError: as `load_model`.
     """
     threads, instances = compute_box_sizes(settings, spec)
-    model = load_model(folder, spec, threads, instances=instances)
+
+    def prefer(at: Path, box: PlatformSpec) -> Preference | None:
+        return find_preference(settings.choices_dir, at, box, threads)
+
+    model = load_model(folder, spec, threads, instances=instances, prefer=prefer)
     try:
         return {
             "artifact": model.artifact.file,

@@ -69,6 +69,18 @@ def read_is_on_mains() -> bool | None:
     return None if battery is None else battery.power_plugged
 
 
+def read_energy_uj(root: Path = _ROOT) -> int | None:
+    """Return a counter of the energy that the processors have taken, µJ; None where there is none.
+
+    Of all packages; it begins anew after some minutes up to hours.
+    Source: Linux, Documentation/power/powercap/powercap.rst.
+    """
+    zones = sorted((root / "sys/class/powercap").glob("intel-rapl:?"))
+    readings = [read_text(zone / "energy_uj") for zone in zones]
+    numbers = [int(text) for text in readings if text is not None and text.strip().isdigit()]
+    return sum(numbers) if numbers and len(numbers) == len(zones) else None
+
+
 def _read_memory(root: Path) -> _Memory:
     """Return the memory of whatever is nearest to its limit: the machine, or a cgroup level."""
     machine = psutil.virtual_memory()

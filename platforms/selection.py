@@ -2,8 +2,8 @@
 
 Pure: artifacts and a `PlatformSpec` in, a verdict for every artifact out. An artifact
 is ruled out by what it needs and the box lacks, and every such reason is kept, in words
-for a person. Ranking the compatible ones is one function, `_rank`: at present it keeps
-the publisher's order, since nothing has been measured.
+for a person. Ranking the compatible ones is one function, `_rank`: what was measured here goes
+first, and where nothing was, the publisher's order stands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +46,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """What a measurement on this box found to be best."""
+
+    file: str
+    runtime: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Selection:
     """Verdicts for all artifacts of a model version, in the manifest's order."""
 
@@ -73,17 +82,71 @@ class Selection:
 
 
 def select_artifact(
-    artifacts: Sequence[ArtifactSpec], spec: PlatformSpec, runtime_formats: RuntimeFormats
+    artifacts: Sequence[ArtifactSpec],
+    spec: PlatformSpec,
+    runtime_formats: RuntimeFormats,
+    preference: Preference | None = None,
 ) -> Selection:
-    """Judge every artifact against the box and choose one of the compatible ones."""
+    """Judge every artifact against the box and choose one of the compatible ones.
+
+    Args:
+        artifacts: of one model version, in the publisher's order.
+        spec: the box.
+        runtime_formats: what reads what.
+        preference: chosen where it is compatible still.
+    """
     judged = [_judge(artifact, spec, runtime_formats) for artifact in artifacts]
-    ranked = _rank([found for found in judged if found.verdict is Verdict.COMPATIBLE])
+    if preference is not None:
+        judged = [_prefer(found, spec, runtime_formats, preference) for found in judged]
+    compatible = [found for found in judged if found.verdict is Verdict.COMPATIBLE]
+    ranked = _rank(compatible, preference)
     verdicts = {id(original): ranking for original, ranking in ranked}
     return Selection(tuple(verdicts.get(id(found), found) for found in judged))
 
 
-def _rank(compatible: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """Pair each compatible candidate with its verdict: the manifest's first one is chosen."""
+def list_pairs(
+    artifacts: Sequence[ArtifactSpec], spec: PlatformSpec, runtime_formats: RuntimeFormats
+) -> list[Candidate]:
+    """Return every artifact with every proven runtime that reads it; what cannot run, once."""
+    pairs: list[Candidate] = []
+    for artifact in artifacts:
+        found = [
+            _judge(artifact, spec, {name: formats})
+            for name, formats in runtime_formats.items()
+            if artifact.format in formats
+        ]
+        fit = [one for one in found if one.verdict is Verdict.COMPATIBLE]
+        pairs += fit or [_judge(artifact, spec, runtime_formats)]
+    return pairs
+
+
+def _prefer(
+    found: Candidate, spec: PlatformSpec, formats: RuntimeFormats, preference: Preference
+) -> Candidate:
+    """Judge the preferred artifact by the preferred runtime alone, if it can run it."""
+    if found.artifact.file != preference.file or preference.runtime not in formats:
+        return found
+    only = {preference.runtime: formats[preference.runtime]}
+    again = _judge(found.artifact, spec, only)
+    return again if again.verdict is Verdict.COMPATIBLE else found
+
+
+def _rank(
+    compatible: Sequence[Candidate], preference: Preference | None
+) -> list[tuple[Candidate, Candidate]]:
+    """Pair each compatible candidate with its verdict: the measured one, or the first one."""
+    for found in compatible:
+        if preference is not None and (found.artifact.file, found.runtime) == (
+            preference.file,
+            preference.runtime,
+        ):
+            other = f"runs here too; measured on this box, {found.artifact.file} is better"
+            return [
+                (one, replace(one, verdict=Verdict.CHOSEN, reason=preference.reason))
+                if one is found
+                else (one, replace(one, reason=other))
+                for one in compatible
+            ]
     ranked = []
     for position, found in enumerate(compatible):
         is_first = position == 0

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -33,12 +34,15 @@ from agent.tasks import INFER_TASK, celery_settings, lane_queue
 from platforms.errors import PlatformError
 from platforms.heap import limit_heaps
 from platforms.resources import read_resources
+from platforms.selection import Preference
+from platforms.spec import PlatformSpec
 from worker.crashes import report_predecessors
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure, warm_up
 from worker.engine.control import InferError
 from worker.engine.engine import Engine
 from worker.engine.memory import MemoryBudget
+from worker.engine.threads import compute_sizes
 from worker.errors import WorkerError
 from worker.frontend import Frontend, build_costs
 from worker.heartbeat import EXIT_HUNG, Heartbeat
@@ -47,6 +51,7 @@ from worker.oom import find_events_file, read_oom
 from worker.outcome import build_outcome, send_crash, send_outcomes, send_progress
 from worker.runner import Runner
 from worker.runs import STATES, Run, Runs
+from worker.staging.preference import find_preference
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +115,12 @@ class Worker:
             artifacts=ArtifactCache(data_dir / "cache" / "ort", cache_bytes)
             if cache_bytes
             else None,
+            prefer=self._prefer,
         )
+
+    def _prefer(self, folder: Path, spec: PlatformSpec) -> Preference | None:
+        threads, _ = compute_sizes(spec.cores, self._concurrency)
+        return find_preference(self._settings.choices_dir, folder, spec, threads)
 
     @cached_property
     def _concurrency(self) -> int:

@@ -11,6 +11,7 @@ WorkerError
 ├── ModelConfigError        a model's config.pbtxt cannot be used as it stands
 │   └── UnsupportedConfigError  it asks for something of Triton's that is not offered here
 ├── OutOfMemoryError        not even one row fits into memory
+├── NotProvenError          a version must not serve on this box: staging found none of it right
 └── ServingError            a request for an answer at once was not taken
     ├── ModelUnavailableError  the model has been unloaded, or does not load
     ├── MemoryBudgetError      models that are in use leave it no room
@@ -19,7 +20,10 @@ WorkerError
     └── HttpUnavailableError   the server cannot start: address, certificate, package
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from agent.choice import ChoiceRecord
 
 
 class WorkerError(Exception):
@@ -128,3 +132,17 @@ class HttpUnavailableError(ServingError):
     """The HTTP server cannot start: its address, certificate or token, or a package is missing."""
 
     code = "http_unavailable"
+
+
+class NotProvenError(WorkerError):
+    """Staging found no artifact of a version that may serve on this box.
+
+    Args:
+        record: with the reason for each candidate.
+    """
+
+    code = "update_refused"
+
+    def __init__(self, record: "ChoiceRecord") -> None:
+        super().__init__(f"{record.name} {record.release}: {record.reason}")
+        self.record = record

@@ -11,6 +11,7 @@ from console.invocation import Invocation, command, end_with
 from console.output import build_facts, build_table, colour_state
 
 if TYPE_CHECKING:
+    from agent.choice import ChoiceRecord
     from agent.config import Settings
     from agent.repository import ModelVersion
     from console.explanation import Step
@@ -57,6 +58,7 @@ def explain_model(
     from agent.repository import ModelRepository
     from console.bench.chart import check_format
     from console.model_explanation import describe_load, find_costs
+    from console.staging_view import find_box_preference, find_record
     from platforms.runtimes.registry import RUNTIME_FORMATS
     from platforms.selection import select_artifact
 
@@ -67,7 +69,8 @@ def explain_model(
     manifest = read_manifest(found.folder)
     with call.out.spinner("looking at this box"):
         spec = load_platform(call.settings.data_dir)
-    selection = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS)
+    preference = find_box_preference(call.settings, spec, found.folder)
+    selection = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS, preference)
     loaded = None
     if load:
         with call.out.spinner("loading the model"):
@@ -79,6 +82,7 @@ def explain_model(
         selection=selection,
         costs=find_costs(call.settings, spec, selection.chosen, manifest, loaded),
         loaded=loaded,
+        record=find_record(call.settings, found.folder),
     )
     view.add_settings(call.settings, spec, manifest)
     call.out.show(view.to_json(), lambda: _render_model(view))
@@ -108,6 +112,8 @@ class _View:
     selection: "Selection"
     costs: "Costs"
     loaded: dict[str, Any] | None
+    record: "ChoiceRecord | None" = None
+    """Of its staging."""
     settings: list["Setting"] = field(default_factory=list)
     problem: tuple[str, str] | None = None
     """Code and message of what is wrong with its configuration."""
@@ -138,6 +144,7 @@ class _View:
             "box": self.box,
             "objective": self.objective,
             "candidates": [_describe(item) for item in self.selection.candidates],
+            "staging": None if self.record is None else self.record.to_json(),
             "batching": self.costs.to_json(),
             "batching_note": self.costs.note,
             "serving": serving,
@@ -188,7 +195,15 @@ def _render_model(view: _View) -> Any:
             ("Objective", view.objective),
         ]
     )
-    parts = [head, Text(), _render_candidates(view.selection), Text(), *_render_costs(view.costs)]
+    parts = [head, Text(), _render_candidates(view.selection), Text()]
+    if view.record is not None:
+        from console.staging_view import render_record
+
+        parts += [*render_record(view.record), Text()]
+    else:
+        stage = f"edgeward models measure {found.name} {found.number}"
+        parts += [build_facts([("Staged", f"not measured on this box: {stage}")]), Text()]
+    parts += _render_costs(view.costs)
     parts += [Text(), *_render_settings(view)]
     if view.loaded is not None:
         parts += [Text(), _render_loaded(view.loaded)]

@@ -264,6 +264,32 @@ def _to_document(version: "ModelVersion") -> dict[str, Any]:
     }
 
 
+def measure_version(
+    call: Invocation,
+    name: NameArgument,
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="Number or release; else the active.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what was measured before.")
+    ] = False,
+) -> None:
+    """Try every artifact of a version on every runtime of this box, and keep the best.
+
+    Each trial has a process of its own. A worker takes the choice when it loads the version next.
+    """
+    from rich.console import Group
+
+    from agent.platformfile import load_platform
+    from console.staging_view import render_record, stage_version
+
+    found = _open(call).get_version(name, version)
+    with call.out.spinner("looking at this box"):
+        spec = load_platform(call.settings.data_dir)
+    record = stage_version(call.settings, spec, found.folder, call.out, is_fresh=fresh)
+    call.out.show(record.to_json(), lambda: Group(*render_record(record)))
+
+
 def trust_version(
     call: Invocation,
     name: NameArgument,
@@ -285,4 +311,5 @@ command(app, "list")(list_models)
 command(app, "activate")(activate_version)
 command(app, "rollback")(roll_back)
 command(app, "remove")(remove_version)
+command(app, "measure")(measure_version)
 command(app, "trust")(trust_version)

@@ -3,7 +3,7 @@
 Owns the child's side of the pipe: a request is one JSON object on standard input, an answer
 one JSON object on a private copy of standard output, since libraries print to the real one.
 
-    {"do": "load", "runtime", "file", "threads"}          → what was loaded, times, memory
+    {"do": "load", "runtime", "file", "threads", "declared"} → what was loaded, times, memory
     {"do": "prepare", "inputs": FILE.npz | null, "seed", "shapes"}
     {"do": "measure", "concurrency", "batch", "seconds"}  → figures, or {"skipped": why}
     {"do": "stress", "concurrency", "batch", "seconds"}   → {"progress": …}… and figures
@@ -23,10 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from platforms.artifact import Datatype, TensorSpec
 from platforms.errors import PlatformError
 from platforms.measuring.load import measure, read_memory, stress
 from platforms.measuring.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
-from platforms.runtimes.base import Array, LoadOptions, Session
+from platforms.runtimes.base import Array, Declared, LoadOptions, Session
 from platforms.runtimes.registry import get_runtime
 
 _STDOUT, _STDERR = 1, 2
@@ -64,13 +65,17 @@ class Child:
         assert self._session is not None, "the parent loads first"
         return self._session
 
-    def _load(self, runtime: str, file: str, threads: int) -> dict[str, Any]:
+    def _load(
+        self, runtime: str, file: str, threads: int, declared: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         base = read_memory()
         adapter = get_runtime(runtime)
         started = time.perf_counter()
         version = adapter.version()
         imported = time.perf_counter()
-        self._session = session = adapter.load(Path(file), LoadOptions(threads=threads))
+        self._session = session = adapter.load(
+            Path(file), LoadOptions(threads=threads), _read_declared(declared)
+        )
         return {
             "version": version,
             "provider": session.provider,
@@ -129,6 +134,20 @@ class Child:
             times_ms.append(1000 * (time.perf_counter() - started))
         save_arrays(Path(outputs), found)
         return {"times_ms": times_ms, **read_memory()}
+
+
+def _read_declared(given: dict[str, Any] | None) -> Declared | None:
+    if given is None:
+        return None
+    return Declared(
+        *(
+            tuple(
+                TensorSpec(item["name"], Datatype(item["datatype"]), tuple(item["shape"]))
+                for item in given[side]
+            )
+            for side in ("inputs", "outputs")
+        )
+    )
 
 
 def _write(answers: TextIO, answer: Mapping[str, Any]) -> None:

@@ -14,9 +14,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+
+import psutil
 
 from platforms.errors import MeasuringError
 
@@ -24,6 +27,7 @@ _TETHER = Path(__file__).parents[1] / "tether.py"
 _MODULE = "platforms.measuring.child"
 _LAST_WORDS_BYTES = 4096
 _END_LIMIT_S = 5.0
+_WATCH_S = 0.05
 
 ANSWER_LIMIT_S = 600.0
 """For one answer beyond the time that was asked for: a large model from an SD card, compiled."""
@@ -33,14 +37,38 @@ class Measurer:
     """A child process that has loaded one model file.
 
     Use as a context manager; its end ends the child.
+
+    Args:
+        answer_limit_s: for one answer beyond the time that was asked for.
+        memory_limit_mb: the child is ended where it takes more; None: no limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, answer_limit_s: float = ANSWER_LIMIT_S, memory_limit_mb: float | None = None
+    ) -> None:
+        self._answer_limit_s = answer_limit_s
+        self._memory_limit_mb = memory_limit_mb
+        self._excess_mb: float | None = None
+        self._over = threading.Event()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._process = self._start()
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="measurer", daemon=True)
         self._reader.start()
+        if memory_limit_mb is not None:
+            threading.Thread(target=self._watch, name="memory", daemon=True).start()
+
+    def _watch(self) -> None:
+        """End the child where it takes more memory than it may."""
+        limit_mb = self._memory_limit_mb or 0.0
+        with suppress(psutil.Error):
+            child = psutil.Process(self._process.pid)
+            while not self._over.wait(_WATCH_S):
+                taken_mb = child.memory_info().rss / 10**6
+                if taken_mb > limit_mb:
+                    self._excess_mb = taken_mb
+                    child.kill()
+                    return
 
     def _start(self) -> "subprocess.Popen[str]":
         # The child finds what this process finds; -P keeps the working directory off its path.
@@ -87,7 +115,7 @@ class Measurer:
         except OSError as exc:
             raise MeasuringError(self._describe_end()) from exc
         while True:
-            answer = self._receive(seconds + ANSWER_LIMIT_S)
+            answer = self._receive(seconds + self._answer_limit_s)
             if "progress" not in answer:
                 break
             if on_progress is not None:
@@ -113,6 +141,9 @@ class Measurer:
             code = self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
             return "its process closed the pipe and did not end"
+        if self._excess_mb is not None:
+            limit_mb = self._memory_limit_mb or 0.0
+            return f"it took {self._excess_mb:.0f} MB of memory, over the limit of {limit_mb:.0f}"
         if code < 0:
             names = {known.value: known.name for known in signal.Signals}
             how = f"its process died with {names.get(-code, f'signal {-code}')}"
@@ -128,6 +159,7 @@ class Measurer:
 
     def close(self) -> None:
         """End the child now; harmless when repeated."""
+        self._over.set()
         if self._process.poll() is None:
             # The whole group: what the runtime has started goes with it.
             os.killpg(self._process.pid, signal.SIGKILL)

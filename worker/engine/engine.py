@@ -44,6 +44,7 @@ from worker.engine.memory import MemoryBudget
 from worker.engine.sessions import (
     LoadedModel,
     ModelKey,
+    Prefer,
     SessionCache,
     import_runtime,
     load_model,
@@ -164,6 +165,7 @@ class Engine:
         pinned: Collection[str] = (),
         artifacts: ArtifactCache | None = None,
         prove: Callable[[], PlatformSpec] | None = None,
+        prefer: Prefer | None = None,
     ) -> None:
         """Describe the box.
 
@@ -179,6 +181,8 @@ class Engine:
             artifacts: what runtimes prepared of models; None: nothing is kept.
             prove: returns the box with its runtimes proven, before the first model loads; None:
                 those of `spec` are.
+            prefer: says which artifact of a version was measured to be best; None: the
+                publisher's order stands.
         """
         self._spec = spec
         self._threads, self._instances = compute_sizes(spec.cores, instances)
@@ -186,6 +190,7 @@ class Engine:
         self._configure = configure
         self._warm_up = warm_up
         self._prove = prove
+        self._prefer = prefer
         self._proving = Lock()
         self._artifacts = artifacts
         self.cache = SessionCache(budget, pinned, self._is_busy)
@@ -210,7 +215,7 @@ class Engine:
         """
         if self.cache.find(key) is None:
             # A library's own memory is no model's: the first one would be charged with it.
-            import_runtime(key.folder, self._prove_spec())
+            import_runtime(key.folder, self._prove_spec(), self._prefer)
         return self.cache.load(key, lambda: self._load(key))
 
     def _prove_spec(self) -> PlatformSpec:
@@ -225,7 +230,9 @@ class Engine:
         return served is not None and bool(served.batcher.busy or served.batcher.pending)
 
     def _load(self, key: ModelKey) -> LoadedModel:
-        model = load_model(key.folder, self._spec, self._threads, self._artifacts, self._instances)
+        model = load_model(
+            key.folder, self._spec, self._threads, self._artifacts, self._instances, self._prefer
+        )
         if self._warm_up is not None:
             self._warm_up(model)
         if key not in self._served:

@@ -31,7 +31,7 @@ from platforms.errors import ModelLoadError, PlatformError
 from platforms.heap import release_freed
 from platforms.runtimes.base import DTYPES, Array, Declared, LoadOptions, Runtime, Session
 from platforms.runtimes.registry import RUNTIME_FORMATS, get_runtime
-from platforms.selection import select_artifact
+from platforms.selection import Preference, select_artifact
 from platforms.spec import PlatformSpec
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.memory import (
@@ -115,6 +115,10 @@ class _Slot:
     @property
     def is_loading(self) -> bool:
         return not self.future.done() and self.reserved_mb > 0
+
+
+Prefer = Callable[[Path, PlatformSpec], Preference | None]
+"""From a version's folder and the box to what was measured to be best."""
 
 
 def _is_never_busy(_key: ModelKey) -> bool:
@@ -320,6 +324,7 @@ def load_model(
     threads: int,
     cache: ArtifactCache | None = None,
     instances: int = 1,
+    prefer: Prefer | None = None,
 ) -> LoadedModel:
     """Open the model version in `folder` on this box; reads every byte of its files.
 
@@ -331,6 +336,7 @@ def load_model(
         threads: inside one operator.
         cache: of what runtimes prepared of models; None: nothing is kept.
         instances: runs that may go on at once, for runtimes that must know.
+        prefer: says what was measured to be best here; None: the publisher's order.
 
     Raises:
         ManifestError, DigestMismatchError: the folder is not what its manifest says.
@@ -342,7 +348,9 @@ def load_model(
     started = time.perf_counter()
     manifest = read_manifest(folder)
     verify_files(manifest, folder)
-    chosen = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS).get_chosen()
+    preference = prefer(folder, spec) if prefer is not None else None
+    artifacts = manifest.artifact_specs()
+    chosen = select_artifact(artifacts, spec, RUNTIME_FORMATS, preference).get_chosen()
     if chosen.runtime is None:
         msg = f"{chosen.artifact.file} was chosen without a runtime: {chosen.reason}"
         raise ModelLoadError(msg)
@@ -369,11 +377,12 @@ def load_model(
     )
 
 
-def import_runtime(folder: Path, spec: PlatformSpec) -> None:
+def import_runtime(folder: Path, spec: PlatformSpec, prefer: Prefer | None = None) -> None:
     """Import the library that a version will run on; what is wrong with it, its load says."""
     with suppress(AgentError, PlatformError):
-        manifest = read_manifest(folder)
-        chosen = select_artifact(manifest.artifact_specs(), spec, RUNTIME_FORMATS).chosen
+        artifacts = read_manifest(folder).artifact_specs()
+        preference = prefer(folder, spec) if prefer is not None else None
+        chosen = select_artifact(artifacts, spec, RUNTIME_FORMATS, preference).chosen
         if chosen is not None and chosen.runtime is not None:
             get_runtime(chosen.runtime).version()
 
