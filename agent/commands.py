@@ -146,6 +146,7 @@ class SubmitBody(_Wire):
     dedupe: Literal["drop_new", "replace_queued", "run_all"] = "drop_new"
     on_full: Literal["keep_newest", "keep_oldest", "fail"] = "keep_newest"
     window: Window | None = None
+    key: str | None = Field(default=None, min_length=1, max_length=128)
 
 
 class AckBody(_Wire):

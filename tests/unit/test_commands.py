@@ -139,6 +139,7 @@ def test_submit_without_options_has_the_documented_defaults() -> None:
         "dedupe": "drop_new",
         "on_full": "keep_newest",
         "window": None,
+        "key": None,
     }
 
 
