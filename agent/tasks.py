@@ -17,6 +17,7 @@ from ulid import ULID
 from agent.jobs import Lane
 
 INFER_TASK = "edgeward.infer"
+MAINTAIN_TASK = "edgeward.maintain"
 OUTCOME = "outcome"
 PROGRESS = "progress"
 CRASH = "crash"
@@ -140,7 +141,7 @@ class VersionFigures(BaseModel):
     failed: int
     """Runs that the version failed; faults of requests do not count."""
     latencies: dict[str, int] = Field(default_factory=dict)
-    """Answers by `worker.engine.stats.find_latency_step` of their time."""
+    """Answers by `agent.latency.find_step` of their time."""
     compared: int = 0
     """Copies that the version saw in shadow and answered."""
     agreed: int = 0

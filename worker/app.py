@@ -12,11 +12,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from kombu.exceptions import KombuError
@@ -32,6 +32,7 @@ from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
 from agent.tasks import (
     INFER_TASK,
+    MAINTAIN_TASK,
     VersionFigures,
     celery_settings,
     lane_queue,
@@ -69,6 +70,9 @@ from worker.outcome import (
 from worker.runner import Runner
 from worker.runs import STATES, Run, Runs
 from worker.staging.preference import find_preference
+
+if TYPE_CHECKING:
+    from worker.maintenance import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +116,7 @@ class Worker:
         self._app = Celery("edgeward-worker", set_as_current=True)
         self._app.conf.update(celery_settings(settings.queue_url))
         self._app.task(self._infer, name=INFER_TASK, ignore_result=True)
+        self._app.task(self._maintain, name=MAINTAIN_TASK, ignore_result=True)
 
     def _open_shadow(self, model: str, version: str) -> tuple[ServedModel, LoadedModel]:
         folder = ModelRepository(self._settings.models_dir).get_folder(model, version)
@@ -317,14 +322,30 @@ class Worker:
         reach("worker.received")
         with self._runs.hold(task) as run:
             self._heartbeat.wake_if_idle()
-            outcomes = self._run(run)
+            outcomes = self._run(run, self._runner.run)
         reach("worker.ran")
         send_outcomes(self._app, task, outcomes)
         reach("worker.sent")
 
-    def _run(self, run: Run) -> list[dict[str, Any]]:
+    def _maintain(self, payload: str) -> None:
+        """Run one update's part that is a worker's."""
+        task: dict[str, Any] = json.loads(payload)
+        with self._runs.hold(task) as run:
+            self._heartbeat.wake_if_idle()
+            outcomes = self._run(run, self._maintainer.run)
+        reach("update.told")
+        send_outcomes(self._app, task, outcomes)
+
+    @cached_property
+    def _maintainer(self) -> "Maintainer":
+        # It brings NumPy and the runtimes' adapters, which a worker of other lanes has anyhow.
+        from worker.maintenance import Maintainer
+
+        return Maintainer(self._settings)
+
+    def _run(self, run: Run, work: Callable[[Run], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         try:
-            return self._runner.run(run)
+            return work(run)
         except Exception:  # the task boundary of style.md
             log.exception("internal_error in task %s", run.task["task"])
             message = "the worker failed; its log has the traceback"

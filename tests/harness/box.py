@@ -170,6 +170,7 @@ class Box:
         commands: dict[str, Sequence[str]] = {
             "agent": ["agent"],
             "worker": ["worker", "--lane", "inference", "--lane", "batch"],
+            "maintenance": ["worker", "--lane", "maintenance", "--slot", f"{DEVICE}/maintenance"],
         }
         if name == "agent":
             environment = {**AGENT_ENVIRONMENT, **environment}

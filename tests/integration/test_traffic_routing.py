@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from agent.config import Settings
+from agent.errors import AgentError
 from agent.repository import ModelRepository
 from agent.tasks import VersionFigures
 from agent.traffic import Traffic, write_traffic
+from platforms.errors import PlatformError
 from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec
 from tests.harness.waiting import wait_until
@@ -26,6 +29,7 @@ from worker.engine.serving import EngineService
 from worker.engine.sessions import LoadedModel, ModelKey
 from worker.engine.shadow import Shadow, is_alike
 from worker.engine.watch import EngineWatch
+from worker.errors import WorkerError
 from worker.runner import Runner
 from worker.runs import Run
 
@@ -73,6 +77,12 @@ class Bench:
     def share(self, traffic: Traffic | None) -> None:
         write_traffic(self.settings.models_dir / "scale", traffic)
         self.router._known.clear()
+        if traffic is not None:
+            # Nobody waits for a version to load, so that one is not in its share until it has.
+            for number in traffic.shares:
+                with suppress(AgentError, PlatformError, WorkerError):
+                    self.open_version("scale", str(number))
+                self.service._is_at_hand("scale", str(number))
 
     def answer(self, **options: Any) -> TensorResponse:
         request = ask(**options)
@@ -166,6 +176,14 @@ def test_active_version_that_fails_is_stood_in_for_by_the_fallback(bench: Bench)
     assert {bench.answer().version for _ in range(10)} == {"1"}
     assert bench.run_jobs("a")[0]["result"]["version"] == 1
     assert bench.get_figures("2").failed >= 1
+
+
+def test_nobody_waits_for_a_candidate_to_load(bench: Bench) -> None:
+    assert bench.answer().version == "1"
+    write_traffic(bench.settings.models_dir / "scale", Traffic(shares={2: 100.0}))
+    bench.router._known.clear()
+    assert bench.answer().version == "1"
+    wait_until(lambda: bench.answer().version == "2", 10, "the candidate is loaded")
 
 
 def test_fault_of_the_request_is_no_fault_of_the_candidate(bench: Bench) -> None:

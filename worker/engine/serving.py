@@ -71,6 +71,8 @@ _STEADY_S = 5.0
 # A version that does not load is tried again after so long, and not for each request.
 _RETRY_S = 5.0
 _LOADS_AT_A_TIME = 2
+# Requests between their two looks; those that nobody awaited are forgotten.
+_CHOSEN_MAX = 4096
 
 _PLATFORMS = {"ort": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 """Triton's word for a runtime of ours, where it is not the same."""
@@ -114,6 +116,14 @@ class _Route:
     """What was found loaded; weak, as this must not keep an evicted model in memory."""
     generation: int = -1
     """Of the session cache when that was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Which version answers a request; None stands for the active one."""
+
+    version: str | None
+    fallback: str | None
 
 
 @dataclass(slots=True)
@@ -162,6 +172,8 @@ class EngineService:
         self._failures: dict[ModelKey, tuple[float, str]] = {}
         self._choices: dict[ModelKey, VersionChoice] = {}
         self._unloaded: set[str] = set()
+        self._chosen: dict[int, _Way] = {}
+        """By the request's id, from `infer_inline` to `infer`."""
         self._lock = Lock()
         self._loader = ThreadPoolExecutor(_LOADS_AT_A_TIME, thread_name_prefix="edgeward-load")
         self._is_closed = False
@@ -204,15 +216,20 @@ class EngineService:
         traffic = self._find_traffic(request)
         if traffic is None:
             return self._infer_inline(request, request.version)
-        version, fallback = self._route(traffic, request)
+        way = self._route(traffic, request)
         try:
-            response = self._infer_inline(request, version)
+            response = self._infer_inline(request, way.version)
         except _FAILURES as exc:
-            if version == fallback or isinstance(exc, TensorError):
+            if way.version == way.fallback or isinstance(exc, TensorError):
                 raise
-            return self._infer_inline(request, fallback)
+            return self._infer_inline(request, way.fallback)
         if response is not None:
             self._show_shadow(traffic, request, response)
+        else:
+            # `infer` follows, and must not choose again: that would be another version's turn.
+            self._chosen[id(request)] = way
+            if len(self._chosen) > _CHOSEN_MAX:
+                self._chosen.clear()
         return response
 
     def _infer_inline(self, request: TensorRequest, version: str | None) -> TensorResponse | None:
@@ -257,14 +274,14 @@ class EngineService:
         traffic = self._find_traffic(request)
         if traffic is None:
             return await self._infer(request, request.version)
-        version, fallback = self._route(traffic, request)
+        way = self._chosen.pop(id(request), None) or self._route(traffic, request)
         try:
-            response = await self._infer(request, version)
+            response = await self._infer(request, way.version)
         except _FAILURES as exc:
-            if version == fallback or isinstance(exc, _NOBODYS_FAULTS):
+            if way.version == way.fallback or isinstance(exc, _NOBODYS_FAULTS):
                 raise
             # Whoever asked is no test subject: a version that works answers instead.
-            return await self._infer(request, fallback)
+            return await self._infer(request, way.fallback)
         self._show_shadow(traffic, request, response)
         return response
 
@@ -273,13 +290,28 @@ class EngineService:
             return None
         return self._router.find(request.model)
 
-    def _route(self, traffic: Traffic, request: TensorRequest) -> tuple[str | None, str | None]:
+    def _route(self, traffic: Traffic, request: TensorRequest) -> _Way:
         """Return the version that answers, and the one that does where that fails."""
         router = self._router
         version = router.choose(traffic, request.model, request.key) if router else None
         if version is not None:
-            return version, None
-        return None, None if traffic.fallback is None else str(traffic.fallback)
+            # Nobody waits for a candidate to load: the active version is there.
+            return _Way(version if self._is_at_hand(request.model, version) else None, None)
+        return _Way(None, None if traffic.fallback is None else str(traffic.fallback))
+
+    def _is_at_hand(self, model: str, version: str) -> bool:
+        """Say whether a version is loaded; begins to load it where it is not."""
+        if self._find(model, version) is not None:
+            return True
+        try:
+            key = self._resolve(model, version)
+        except AgentError as exc:
+            _log.warning("the traffic of %s names version %s: %s", model, version, exc)
+            return False
+        self._routes[model, version] = _Route(key, time.monotonic())
+        if self._find_failure(key) is None and self._engine.cache.find(key) is None:
+            self._start_load(key)
+        return False
 
     def _show_shadow(
         self, traffic: Traffic, request: TensorRequest, response: TensorResponse
@@ -500,6 +532,7 @@ class EngineService:
             with self._lock:
                 del self._loads[key]
         self._failures.pop(key, None)
+        self._inline_rows[key] = _find_inline_rows(self._engine.get_served(key, model), model)
         if key.name in self._unloaded:
             self._engine.cache.unload(key)
         route = self._routes.get((key.name, None))

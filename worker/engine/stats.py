@@ -9,42 +9,12 @@ Invariants: counters only grow; a snapshot is of one moment.
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from enum import StrEnum
 from threading import Lock
 from typing import NamedTuple
 
+from agent.latency import find_step
 from worker.engine.service import BatchStats, Duration, ModelStats
-
-LATENCY_STEPS = 8
-"""Steps of the latency counts within a factor of 2: each is 9 % wide."""
-
-
-def find_latency_step(ns: int) -> int:
-    """Return the place of a latency in the counts; `compute_percentile_ms` reads it."""
-    bits = max(ns, 1).bit_length()
-    shift = bits - 4
-    fraction = (ns >> shift if shift > 0 else ns << -shift) & (LATENCY_STEPS - 1)
-    return bits * LATENCY_STEPS + fraction
-
-
-def compute_percentile_ms(counts: Mapping[int, int], share: float) -> float | None:
-    """Return the latency that so many of the requests stayed below, ms; None without any.
-
-    Args:
-        counts: requests by `find_latency_step`.
-        share: 0–1.
-    """
-    total = sum(counts.values())
-    if not total:
-        return None
-    left = share * total
-    for step in sorted(counts):
-        left -= counts[step]
-        if left <= 0:
-            bits, fraction = divmod(step, LATENCY_STEPS)
-            return float((LATENCY_STEPS + fraction + 1) * 2.0 ** (bits - 4) / 1e6)
-    return None
 
 
 class FailReason(StrEnum):
@@ -131,7 +101,7 @@ class StatsCounter:
             self._runs += times.runs
             self._last_ms = last_ms
             self._success.add(total_ns, requests)
-            self._latencies[find_latency_step(total_ns // requests if requests else 0)] += requests
+            self._latencies[find_step(total_ns // requests if requests else 0)] += requests
             self._queue.add(queue_ns, requests)
             self._input.add(times.input_ns * requests, requests)
             self._infer.add(times.infer_ns * requests, requests)
@@ -161,7 +131,7 @@ class StatsCounter:
             self._miss.add(ns)
 
     def read_latencies(self) -> dict[int, int]:
-        """Return requests that got an answer, by `find_latency_step` of how long it took.
+        """Return requests that got an answer, by `find_step` of how long it took.
 
         Requests of one batch count with its mean.
         """
