@@ -244,6 +244,11 @@ class Connection:
         """Say whether there is a connection, as far as one can know."""
         return self._client.is_connected()
 
+    @property
+    def generation(self) -> int:
+        """How many connections there were; a message says by which one it came."""
+        return self._generation
+
     def take(self, timeout_s: float, limit: int) -> list[Heard]:
         """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first.
 
@@ -271,7 +276,13 @@ class Connection:
             properties.MessageExpiryInterval = message.expiry_s
         if message.response_topic is not None:
             properties.ResponseTopic = message.response_topic
-        info = self._client.publish(message.topic, message.payload, qos=1, properties=properties)
+        info = self._client.publish(
+            message.topic,
+            message.payload,
+            qos=1,
+            retain=message.is_retained,
+            properties=properties,
+        )
         is_sent = info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
         self._last = info if is_sent else self._last
         return is_sent

@@ -25,6 +25,10 @@ from console.errors import (
     JobNotFoundError,
     MeasuringError,
     PlotMissingError,
+    RolloutBusyError,
+    RolloutNotFoundError,
+    RolloutOrderError,
+    RolloutPlanError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
@@ -35,10 +39,12 @@ from worker.errors import BadImageError, WorkerError
 EXPECTED: dict[type[Exception], int] = {
     ConfigError: 2,
     BaselineMismatchError: 2,
+    RolloutPlanError: 2,
     ModelNotFoundError: 3,
     VersionNotFoundError: 3,
     InputNotFoundError: 3,
     JobNotFoundError: 3,
+    RolloutNotFoundError: 3,
     BrokerUnavailableError: 4,
     BrokerMissingError: 4,
     WaitTimedOutError: 6,
@@ -46,6 +52,7 @@ EXPECTED: dict[type[Exception], int] = {
     AlreadyUpError: 8,
     AlreadyListeningError: 8,
     RepositoryBusyError: 8,
+    RolloutBusyError: 8,
     AgentError: 1,
     PlatformError: 1,
     WorkerError: 1,
@@ -60,6 +67,7 @@ EXPECTED: dict[type[Exception], int] = {
     DemoStepError: 1,
     MeasuringError: 1,
     PlotMissingError: 1,
+    RolloutOrderError: 1,
 }
 
 
