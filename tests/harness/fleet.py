@@ -102,6 +102,7 @@ class SimDevice:
         self._conn = 0
         self._plan: list[Callable[[], None]] = []
         self._previous: str | None = None
+        self._is_trying = False
         self._lock = threading.RLock()
         self._head = f"edgeward/v1/{self.name}/"
 
@@ -165,10 +166,12 @@ class SimDevice:
             self.report("in_sync")
 
         behaviour = self.behaviour
+        self._is_trying = False
         if release is None or release == self.active or release == self._previous:
             return [finish]
         if release in self.bad:
             return [lambda: self._fail("failed", "staging_failed", release)]
+        self._is_trying = behaviour is Behaviour.SLOW
         begun = [candidate("fetching"), candidate("staging")]
         match behaviour:
             case Behaviour.SILENT:
@@ -197,8 +200,8 @@ class SimDevice:
     def tick(self) -> None:
         """Do the next step, if there is one."""
         with self._lock:
-            is_held = self.behaviour is Behaviour.SLOW and not self.may_finish.is_set()
-            if self._client is None or not self._plan or (is_held and len(self._plan) == 1):
+            is_held = self._is_trying and len(self._plan) == 1 and not self.may_finish.is_set()
+            if self._client is None or not self._plan or is_held:
                 return
             self._plan.pop(0)()
 
