@@ -85,6 +85,8 @@ class Connection:
         is_durable: keep a session at the broker, and acknowledge by `settle` only.
         reconnect_s: time between two tries to connect again.
         password: the MQTT password.
+        qos: of the subscriptions. 0 where what is retained of very many topics is wanted at
+            once: mosquitto's queue for QoS 1 drops what is over `max_queued_messages`.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Connection:
         is_durable: bool,
         reconnect_s: float,
         password: str | None,
+        qos: int = 1,
     ) -> None:
+        self._qos = qos
         self._limits = limits
         self._filters = filters
         self._is_durable = is_durable
@@ -142,7 +146,7 @@ class Connection:
         if code.is_failure:
             self._heard.put(Refused(str(code)))
         else:
-            client.subscribe([(topic, 1) for topic in self._filters])
+            client.subscribe([(topic, self._qos) for topic in self._filters])
 
     def _on_disconnect(
         self,
@@ -243,6 +247,10 @@ class Connection:
     def is_connected(self) -> bool:
         """Say whether there is a connection, as far as one can know."""
         return self._client.is_connected()
+
+    def listen_again(self) -> None:
+        """Subscribe once more, which brings all that is retained again; `Subscribed` follows."""
+        self._client.subscribe([(topic, self._qos) for topic in self._filters])
 
     @property
     def generation(self) -> int:

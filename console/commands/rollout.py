@@ -128,11 +128,13 @@ def resume(
 
 def pause(call: Invocation, rollout_id: IdArgument, state: StateOption = _STATE) -> None:
     """Ask no further devices; those that were asked go on. `rollout resume` goes on."""
-    from console.rollout.progress import Order
+    from console.rollout.progress import Order, obey
     from console.rollout.store import RolloutStore
 
-    with RolloutStore(state) as store, _give_order(store, rollout_id, Order.PAUSE):
-        _show_end(call, store, rollout_id)
+    with RolloutStore(state) as store:
+        obey(store.get(rollout_id).state, Order.PAUSE)
+        with _give_order(store, rollout_id, Order.PAUSE):
+            _show_end(call, store, rollout_id)
 
 
 def abort(

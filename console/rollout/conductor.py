@@ -38,6 +38,7 @@ from console.rollout.plan import Invited, Thresholds, assign_groups, parse_group
 from console.rollout.progress import (
     Cause,
     Lane,
+    LaneState,
     Member,
     MemberState,
     News,
@@ -51,8 +52,8 @@ from console.rollout.store import Errand, Rollout, RolloutStore, Step, Wishes
 
 _POLL_S = 0.2
 _WATCH_S = 0.5
-_SWEEP_S = 2.0
-"""After a new connection the broker has sent by then what it retains."""
+_SWEEP_S = 1.0
+"""After a subscription the broker has sent by then what it retains."""
 _RUNS = (RolloutState.RUNNING, RolloutState.ROLLING_BACK)
 _EXPECTING = (
     MemberState.ASKED,
@@ -156,6 +157,7 @@ class Conductor:
         self._heard_s: dict[str, float] = {}
         self._watched_s = time.monotonic()
         self._resend_at_s = float("inf")
+        self._listened_s = float("-inf")
         self._step = Step()
         self._happenings: list[Happening] = []
         self.state = self._rollout.state
@@ -186,15 +188,19 @@ class Conductor:
         for device, member in self.progress.members.items():
             if self.state is RolloutState.ROLLING_BACK:
                 self._recall(device)
-            elif member.state is MemberState.UNKNOWN:
+            elif member.state is MemberState.UNKNOWN and self._is_open(member):
                 self._tell(device, News.WORKING, "asked again")
         self._look(self.progress.members)
         self._decide()
         self._send_again()
 
+    def _is_open(self, member: Member) -> bool:
+        lane = self.progress.lanes[member.hardware_class]
+        return lane.state in (LaneState.RUNNING, LaneState.STALLED)
+
     def _turn(self, timeout_s: float) -> None:
         sweep = self._fleet.poll(timeout_s)
-        if sweep.has_reconnected:
+        if sweep.has_subscribed:
             # What the broker still retains is heard first.
             self._resend_at_s = time.monotonic() + _SWEEP_S
         if time.monotonic() >= self._resend_at_s:
@@ -331,13 +337,27 @@ class Conductor:
             # Nobody can be heard: silence begins anew with the next connection.
             self._heard_s.clear()
             return
-        now_s = time.monotonic()
+        self._watch_silence(time.monotonic())
+
+    def _watch_silence(self, now_s: float) -> None:
+        """Mark who is silent, after its last retained word was asked for once more."""
+        needs_words = False
         for device, member in self.progress.members.items():
-            if member.state in (MemberState.ASKED, MemberState.RETURNING):
-                patience_s = self._find_patience(member)
-                if now_s - self._heard_s.setdefault(device, now_s) >= patience_s:
-                    text = f"nothing was heard of it for {patience_s:g} s"
-                    self._tell(device, News.SILENCE, "", Cause("no_answer", text))
+            if member.state not in (MemberState.ASKED, MemberState.RETURNING):
+                continue
+            patience_s = self._find_patience(member)
+            due_s = self._heard_s.setdefault(device, now_s) + patience_s
+            if due_s > now_s:
+                continue
+            if self._listened_s < due_s:
+                needs_words = True
+            elif now_s >= self._listened_s + _SWEEP_S:
+                text = f"nothing was heard of it for {patience_s:g} s"
+                self._tell(device, News.SILENCE, "", Cause("no_answer", text))
+        # Not before those have been judged who became due before the last time.
+        if needs_words and now_s >= self._listened_s + _SWEEP_S:
+            self._listened_s = now_s
+            self._fleet.listen_again()
 
     def _take_order(self) -> None:
         order = self._store.get(self._rollout.rollout_id).order

@@ -1,7 +1,9 @@
 """The whole fleet over MQTT: who is there, what each device has, and what it is asked for.
 
 Owns one connection with four subscriptions for all devices, and a mirror of each device. It
-acknowledges no record, so it stands beside the devices' durable console without harm.
+acknowledges no record, so it stands beside the devices' durable console without harm. All that
+it listens to is retained, so it listens with QoS 0: with QoS 1 and its own defaults mosquitto
+2.0.11 sent 1,020 messages of 12,000 and dropped the others, with QoS 0 it sent all.
 
 Invariant: a device is known only by its status, and its retained desired document was heard
 before that (where the broker keeps the order of what it sends): a sweep that a broker's queue
@@ -58,8 +60,8 @@ class Sweep:
 
     devices: set[str] = field(default_factory=set)
     """Those with news."""
-    has_reconnected: bool = False
-    """What was sent before may be lost."""
+    has_subscribed: bool = False
+    """All that is retained comes again: what the broker does not send now, it does not have."""
 
 
 class Fleet:
@@ -80,6 +82,7 @@ class Fleet:
             is_durable=False,
             reconnect_s=_RECONNECT_S,
             password=settings.password() if settings.mqtt.username is not None else None,
+            qos=0,
         )
 
     def __enter__(self) -> "Fleet":
@@ -123,7 +126,7 @@ class Fleet:
         sweep = Sweep()
         for message in self._connection.take(timeout_s, RECEIVE_MAXIMUM):
             if isinstance(message, Subscribed):
-                sweep.has_reconnected = True
+                sweep.has_subscribed = True
             elif isinstance(message, Refused):
                 log.warning("rollout: refused: %s", message.why)
             else:
@@ -146,6 +149,10 @@ class Fleet:
             return False
         return box.desired.epoch != epoch or box.desired.version >= version
 
+    def listen_again(self) -> None:
+        """Let the broker send again all that it retains: with QoS 0 something may be lost."""
+        self._connection.listen_again()
+
     def publish(self, device: str, payload: str) -> None:
         """Send a desired document, retained; without a connection it goes out on the next one."""
         topic = self.box(device).mirror.topics.desired
@@ -153,17 +160,20 @@ class Fleet:
         self._connection.publish(Outgoing(topic, payload, is_retained=True))
 
     def _take_in(self, message: Arrived) -> str | None:
-        """Take in a message and return whom it is about."""
+        """Take in a message and return whom it tells news of; what is known is no news."""
         device = find_desired(message.topic)
         if device is not None:
-            box = self.box(device)
-            box.desired = read_desired(message.payload)
-            box.desired_generation = message.generation
-            return device
+            return device if self._take_desired(device, message) else None
         report = read_report(message)
         if report is None:
             return None
         address, heard = report
         mirror = self.box(address.device).mirror
-        mirror.hear(heard, time.monotonic(), SystemClock().wall_ms())
-        return address.device
+        changes = mirror.hear(heard, time.monotonic(), SystemClock().wall_ms())
+        return address.device if changes else None
+
+    def _take_desired(self, device: str, message: Arrived) -> bool:
+        box = self.box(device)
+        before, box.desired = box.desired, read_desired(message.payload)
+        box.desired_generation = message.generation
+        return box.desired != before

@@ -1,6 +1,7 @@
 """`edgeward rollout` as a process, over a real broker, with devices that speak the protocol."""
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,12 @@ import pytest
 from paho.mqtt import publish
 from typer.testing import CliRunner
 
+from agent.config import load_settings
 from console.cli import app
+from console.errors import RolloutOrderError
+from console.rollout.conductor import Choice, Conductor, Happening, plan_rollout
+from console.rollout.fleet import Fleet
+from console.rollout.store import RolloutStore, Wishes
 from tests.harness.brokers import MqttProcess
 from tests.harness.fleet import (
     CLASSES,
@@ -94,6 +100,8 @@ def test_release_that_fails_on_one_class_stops_there_and_goes_on_elsewhere(
     with fleet_of(mosquitto, make_devices(30, PI, "pi"), echoing, bad) as fleet:
         rollout.start(NEW, "--groups", "3,50%,all")
         assert rollout.wait() == 1, rollout.errors()
+        refused = rollout.run("resume", rollout.rollout_id)
+        assert (refused.returncode, "rollout_order_refused" in refused.stdout) == (1, True)
         assert fleet.with_release(NEW) == {name for name in fleet.devices if name[0] != "o"}
         asked = {name for name in fleet.asked_for(NEW) if name[0] == "o"}
         assert len(asked) == 1, "those that have it not yet are left alone"
@@ -105,21 +113,33 @@ def test_release_that_fails_on_one_class_stops_there_and_goes_on_elsewhere(
     assert failed["reason"] == {"code": "error_rate", "message": f"{NEW} is not good here"}
 
 
-def test_release_that_fails_everywhere_stops_everywhere(
-    mosquitto: MqttProcess, rollout: RolloutProcess
+def test_release_that_fails_everywhere_stops_everywhere_also_with_the_library(
+    mosquitto: MqttProcess, tmp_path: Path
 ) -> None:
     parts = [
         make_devices(20, PI, "pi", Behaviour.FAILS_STAGING),
         make_devices(20, NUC, "nuc", Behaviour.ROLLS_BACK),
     ]
-    with fleet_of(mosquitto, *parts) as fleet:
-        rollout.start(NEW)
-        assert rollout.wait() == 1, rollout.errors()
-        assert len(fleet.asked_for(NEW)) == 2
-        assert fleet.with_release(OLD) == set(fleet.devices)
-        refused = rollout.run("resume", rollout.rollout_id)
-        assert (refused.returncode, "rollout_order_refused" in refused.stdout) == (1, True)
-    assert rollout.status()["state"] == "stopped"
+    settings = load_settings(flags={"mqtt": {"port": mosquitto.port}})
+    wishes = Wishes("1%,10%,100%", "95%", "5%")
+    happened: list[Happening] = []
+    with (
+        fleet_of(mosquitto, *parts) as devices,
+        RolloutStore(tmp_path / "state", create=True) as store,
+        store.claim(),
+        Fleet(settings) as fleet,
+    ):
+        fleet.discover(0.5)
+        rollout, members = plan_rollout(fleet, "detector", NEW, wishes, Choice())
+        store.add(rollout, members)
+        conductor = Conductor(fleet, store, rollout.rollout_id, happened.append)
+        assert conductor.run(threading.Event()) == "stopped"
+        assert len(devices.asked_for(NEW)) == 2
+        assert devices.with_release(OLD) == set(devices.devices)
+        again = Conductor(fleet, store, rollout.rollout_id)
+        with pytest.raises(RolloutOrderError):
+            again.run(threading.Event())
+    assert happened[-1].state == "stopped"
 
 
 def test_paused_rollout_asks_nobody_until_it_is_resumed(
@@ -188,7 +208,7 @@ def test_silent_devices_are_unknown_and_hold_up_nobody(
         gone = [fleet.devices["gone-000"], fleet.devices["gone-001"]]
         for device in gone:
             device.vanish()
-        rollout.start(NEW, "--groups", "100%", "--device-timeout", "1s")
+        rollout.start(NEW, "--groups", "100%", "--device-timeout", "2s")
         assert rollout.wait() == 5, rollout.errors()
         found = classes_of(rollout)
         assert found[CLASSES[PI]]["counts"] == {"succeeded": 30, "unknown": 3}
