@@ -31,6 +31,7 @@ from console.rollout.desired import (
     choose_base,
     encode_desired,
     find_active,
+    find_watch_s,
     read_report,
 )
 from console.rollout.fleet import Box, Fleet
@@ -55,6 +56,8 @@ _WATCH_S = 0.5
 _SWEEP_S = 1.0
 """After a subscription the broker has sent by then what it retains."""
 _RUNS = (RolloutState.RUNNING, RolloutState.ROLLING_BACK)
+_WATCHED = ("shadow", "canary", "probation")
+"""What a device does for a time that it was told, without a word in between."""
 _EXPECTING = (
     MemberState.ASKED,
     MemberState.UNKNOWN,
@@ -370,8 +373,10 @@ class Conductor:
     def _find_patience(self, member: Member) -> float:
         """Return for how long a member may be silent."""
         wishes = self._rollout.wishes
-        if member.detail == "probation":
-            return wishes.device_timeout_s + float((wishes.probation or {}).get("duration_s", 0))
+        if member.detail in _WATCHED:
+            document = self._documents.get(member.device)
+            entry = document.find_entry(self._rollout.model) if document is not None else None
+            return wishes.device_timeout_s + find_watch_s(entry)
         is_there = self._fleet.box(member.device).view.state == "online"
         if member.detail == "deferred" and is_there:
             # It waits for its maintenance window, and has said so.

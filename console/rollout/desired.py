@@ -25,6 +25,8 @@ TYPE = "desired"
 Document = dict[str, Any]
 
 _FAILURES = ("failed", "rolled_back")
+_PROBATION_S = 600.0
+"""A device's own, where nobody says: `agent.lifecycle.Probation`."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,14 @@ def build_entry(before: Document | None, release: str, probation: Document | Non
     return {**entry, "release": release}
 
 
+def find_watch_s(entry: Mapping[str, Any] | None) -> float:
+    """Return for how long an entry lets a device watch a new version before it says more."""
+    watched = _object((entry or {}).get("probation")).get("duration_s", _PROBATION_S)
+    shadowed = _object((entry or {}).get("rollout")).get("shadow_s", 0.0)
+    found = [item for item in (watched, shadowed) if isinstance(item, int | float)]
+    return float(sum(found))
+
+
 def encode_desired(desired: Desired) -> str:
     """Return the payload of a document."""
     return wrap(TYPE, desired.body)
@@ -152,6 +162,9 @@ def read_report(reported: Mapping[str, Any] | None, expected: Expected) -> Verdi
         is_done = active == expected.release and not candidate
         return Verdict(News.SUCCESS, "in_sync") if is_done else None
     if status in _FAILURES:
+        if _object(entry.get("last")).get("release", expected.release) != expected.release:
+            # How an earlier update ended; the one that is asked for has not begun.
+            return None
         return Verdict(News.FAILURE, str(status), _read_reason(entry, str(status)))
     if status == "pinned_local":
         return Verdict(News.PIN, str(status), _read_reason(entry, str(status)))

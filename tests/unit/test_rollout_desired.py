@@ -11,6 +11,7 @@ from console.rollout.desired import (
     choose_base,
     encode_desired,
     find_active,
+    find_watch_s,
     read_desired,
     read_report,
 )
@@ -117,6 +118,8 @@ REPORTS: list[tuple[str, dict[str, Any], str | None]] = [
     ("failed", make_report(status="failed", active=OLD), "failure"),
     ("rolled back", make_report(status="rolled_back", active=OLD, candidate=None), "failure"),
     ("another one failed", make_report(status="failed", candidate=OLD), None),
+    ("so did it", make_report(status="failed", active=OLD, last={"release": "2.3.0"}), "failure"),
+    ("so did one before", make_report(status="failed", active=OLD, last={"release": "2"}), None),
     ("pinned", make_report(status="pinned_local", active=OLD), "pin"),
     ("a word of later", make_report(status="dreaming", active=OLD), None),
     ("nonsense", make_report(status=5, active="x", candidate=[], reason=3), None),
@@ -156,6 +159,20 @@ def test_active_release_of_whatever_a_device_reports() -> None:
     empty: list[dict[str, Any] | None] = [None, {}, {"models": []}, {"models": {"detector": None}}]
     for report in [*empty, make_report()]:
         assert find_active(report, "detector") is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (None, 600),
+        ({"release": "1"}, 600),
+        ({"probation": {"duration_s": 30}}, 30),
+        ({"probation": {"duration_s": 30}, "rollout": {"shadow_s": 60.0}}, 90),
+        ({"probation": {"duration_s": "x"}, "rollout": []}, 0),
+    ],
+)
+def test_time_of_watching_is_the_entrys(entry: dict[str, Any] | None, expected: float) -> None:
+    assert find_watch_s(entry) == expected
 
 
 def test_envelope_is_the_one_of_all_messages() -> None:
