@@ -16,6 +16,7 @@ from console.commands import (
     explain,
     jobs,
     models,
+    rollout,
     services,
     submit,
 )
@@ -41,6 +42,7 @@ for group in (services, box, submit, explain, diag, bench, compare):
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(console.app, name="console")
+app.add_typer(rollout.app, name="rollout")
 
 
 def _print_version(*, wanted: bool) -> None:

@@ -24,6 +24,10 @@ from console.errors import (
     InputFileError,
     JobNotFoundError,
     PlotMissingError,
+    RolloutBusyError,
+    RolloutNotFoundError,
+    RolloutOrderError,
+    RolloutPlanError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
@@ -34,10 +38,12 @@ from worker.errors import BadImageError, WorkerError
 EXPECTED: dict[type[Exception], int] = {
     ConfigError: 2,
     BaselineMismatchError: 2,
+    RolloutPlanError: 2,
     ModelNotFoundError: 3,
     VersionNotFoundError: 3,
     InputNotFoundError: 3,
     JobNotFoundError: 3,
+    RolloutNotFoundError: 3,
     BrokerUnavailableError: 4,
     BrokerMissingError: 4,
     WaitTimedOutError: 6,
@@ -45,6 +51,7 @@ EXPECTED: dict[type[Exception], int] = {
     AlreadyUpError: 8,
     AlreadyListeningError: 8,
     RepositoryBusyError: 8,
+    RolloutBusyError: 8,
     AgentError: 1,
     PlatformError: 1,
     WorkerError: 1,
@@ -59,6 +66,7 @@ EXPECTED: dict[type[Exception], int] = {
     DemoStepError: 1,
     MeasuringError: 1,
     PlotMissingError: 1,
+    RolloutOrderError: 1,
 }
 
 
