@@ -5,7 +5,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.releases import publish_blob
@@ -55,6 +55,8 @@ def damage(draw: random.Random, index: Path, elsewhere: Path) -> None:
     index.write_bytes(text)
 
 
+# Without a deadline: an example writes files, and flushes them.
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 1 << 32))
 def test_a_fetch_ends_with_the_right_file_or_a_clear_error(seed: int) -> None:
     draw = random.Random(seed)
