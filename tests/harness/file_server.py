@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -58,7 +59,13 @@ class Asked:
 class FileServer:
     """Serves a folder on a free port of this machine while it is entered."""
 
-    def __init__(self, folder: Path, behaviour: Behaviour | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        behaviour: Behaviour | None = None,
+        port: int = 0,
+        certificate: Path | None = None,
+    ) -> None:
         self.folder = folder
         self.behaviour = behaviour or Behaviour()
         self.asked: list[Asked] = []
@@ -68,12 +75,19 @@ class FileServer:
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.owner = self
+        self._scheme = "http"
+        if certificate is not None:
+            # One file with the key and the certificate.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self._scheme = "https"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
     @property
     def address(self) -> str:
         """Where the folder is served."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_port}"
 
     def count_asked(self, start: str) -> int:
         """Return how many requests were for a path that begins so."""

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import random
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from agent.errors import ReleaseError
 from agent.release import ReleaseDocument, ReleaseFile
 from benchmarks.delta import build_model, fine_tune_last, make_weights
+from tests.conftest import require_binary
 from tests.harness.file_server import Behaviour, FileServer
 from tests.harness.releases import publish_blob
 from worker.errors import (
@@ -339,6 +341,30 @@ def test_plain_http_is_for_this_machine_unless_it_is_allowed() -> None:
     for address in ("http://127.0.0.1:8000", "http://localhost", "http://[::1]:80/x", "https://h"):
         open_source(address)
     open_source("http://192.0.2.1/", allow_plain=True)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A key and a certificate for 127.0.0.1 that nobody has signed, in one file."""
+    path = tmp_path / "server.pem"
+    argv = [require_binary("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    argv += ["-days", "1", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*argv, "-keyout", path, "-out", tmp_path / "cert"], check=True, timeout=60)
+    path.write_bytes(path.read_bytes() + (tmp_path / "cert").read_bytes())
+    return path
+
+
+def test_tls_is_verified(
+    repository: Path, models: Path, blob: ReleaseFile, certificate: Path
+) -> None:
+    with FileServer(repository, certificate=certificate) as server:
+        with pytest.raises(SourceUnavailableError, match="certificate"):
+            make_fetcher(models, server.address).fetch(blob)
+        assert server.asked == []
+        source = open_source(server.address, ca_file=certificate)
+        path = BlobFetcher(models, source, FetchLimits(reserve_bytes=0)).fetch(blob)
+
+    assert path.read_bytes() == DATA
 
 
 @pytest.mark.parametrize("path", ["../secret", "blobs/../../x", "/etc/passwd", "", "a//b", "a/.b"])
