@@ -133,6 +133,17 @@ def test_a_part_file_longer_than_its_blob_is_cut(tmp_path: Path) -> None:
         assert part.finish(tmp_path / "final")
 
 
+def test_a_part_file_that_has_become_a_blob_is_not_written_to(tmp_path: Path) -> None:
+    with open_part(tmp_path, BLOB) as part:
+        part.write(0, DATA)
+    (tmp_path / "blob").hardlink_to(part_of(tmp_path))
+    with open_part(tmp_path, BLOB) as part:
+        part.write(0, b"other")
+        part.reset()
+
+    assert (tmp_path / "blob").read_bytes() == DATA
+
+
 def test_two_do_not_hold_the_same_part_file(tmp_path: Path) -> None:
     with (
         open_part(tmp_path, BLOB) as part,
