@@ -210,9 +210,10 @@ class _Handler(BaseHTTPRequestHandler):
         hold = behaviour.hold_after
         if hold is not None and owner.sent_bytes >= hold:
             owner.has_room.wait(30)
-        self.wfile.write(piece)
+        # Before it is sent: whoever has received it finds it counted.
         with owner.lock:
             owner.sent_bytes += len(piece)
+        self.wfile.write(piece)
 
     def _cut(self) -> None:
         self.close_connection = True

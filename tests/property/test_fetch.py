@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.harness.releases import publish_blob
+from tests.harness.blobs import publish_blob
 from worker.errors import WrongHashError, WrongLengthError
 from worker.update.chunks import write_chunk_index
 from worker.update.fetch import BlobFetcher, FetchLimits
