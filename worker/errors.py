@@ -12,6 +12,18 @@ WorkerError
 │   └── UnsupportedConfigError  it asks for something of Triton's that is not offered here
 ├── OutOfMemoryError        not even one row fits into memory
 ├── NotProvenError          a version must not serve on this box: staging found none of it right
+├── FetchError              a file of a release cannot be fetched
+│   ├── SourceUnavailableError  the source does not answer, or stops answering; part files stay
+│   │   └── SourceMissingError  it answers that it has no such file
+│   ├── SourceAddressError  the source's address may not be used
+│   ├── SourceAnswerError   an answer is not one to the question asked
+│   │   └── RedirectRefusedError  it sends elsewhere
+│   ├── WrongLengthError    the source's file is longer or shorter than the release says
+│   ├── WrongHashError      what came is not what the release says
+│   ├── NoRoomError         the disk has not the room for it and the reserve
+│   ├── FetchBusyError      another process is fetching the same file
+│   ├── FetchCanceledError  whoever asked for it no longer wants it; part files stay
+│   └── ChunkIndexError     a list of chunks is malformed or contradicts its file
 └── ServingError            a request for an answer at once was not taken
     ├── ModelUnavailableError  the model has been unloaded, or does not load
     ├── MemoryBudgetError      models that are in use leave it no room
@@ -92,6 +104,81 @@ class OutOfMemoryError(WorkerError):
 
     code = "out_of_memory"
     retryable = True
+
+
+class FetchError(WorkerError):
+    """A file of a release cannot be fetched."""
+
+    code = "fetch_failed"
+
+
+class SourceUnavailableError(FetchError):
+    """The source does not answer, or stops answering; what has come is kept and taken up again."""
+
+    code = "source_unavailable"
+    retryable = True
+
+
+class SourceMissingError(SourceUnavailableError):
+    """The source answers, but has no such file, or does not give it to this box."""
+
+    code = "source_missing"
+
+
+class SourceAddressError(FetchError):
+    """The source's address may not be used: malformed, without TLS, or outside its folder."""
+
+    code = "bad_source_address"
+
+
+class SourceAnswerError(FetchError):
+    """The source's answer is not one to the question: another range, or encoded content."""
+
+    code = "bad_source_answer"
+
+
+class RedirectRefusedError(SourceAnswerError):
+    """The source sends elsewhere; a release comes from the address that was configured."""
+
+    code = "redirect_refused"
+
+
+class WrongLengthError(FetchError):
+    """The source's file is longer or shorter than the release says."""
+
+    code = "wrong_length"
+
+
+class WrongHashError(FetchError):
+    """What was fetched whole does not have the sha256 that the release says."""
+
+    code = "wrong_hash"
+
+
+class NoRoomError(FetchError):
+    """The disk has not the room for the files and the reserve that is to stay free."""
+
+    code = "no_room"
+    retryable = True
+
+
+class FetchBusyError(FetchError):
+    """Another process is fetching the same file into the same store."""
+
+    code = "fetch_busy"
+    retryable = True
+
+
+class FetchCanceledError(FetchError):
+    """Whoever asked for the file no longer wants it; what has come is kept."""
+
+    code = "fetch_canceled"
+
+
+class ChunkIndexError(FetchError):
+    """A list of chunks is malformed, too large, or contradicts its file."""
+
+    code = "bad_chunk_index"
 
 
 class ServingError(WorkerError):
