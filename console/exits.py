@@ -38,7 +38,7 @@ from console.errors import (
     WaitTimedOutError,
 )
 from platforms.errors import PlatformError
-from worker.errors import WorkerError
+from worker.errors import ReleaseUnknownError, WorkerError
 
 
 class Exit(IntEnum):
@@ -66,6 +66,7 @@ EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
         VersionNotFoundError: Exit.NOT_FOUND,
         InputNotFoundError: Exit.NOT_FOUND,
         JobNotFoundError: Exit.NOT_FOUND,
+        ReleaseUnknownError: Exit.NOT_FOUND,
         BrokerUnavailableError: Exit.BROKER,
         BrokerMissingError: Exit.BROKER,
         WaitTimedOutError: Exit.TIMED_OUT,

@@ -24,11 +24,15 @@ from console.errors import (
     InputFileError,
     JobNotFoundError,
     PlotMissingError,
+    PublishMissingError,
+    ReleaseExistsError,
+    ReleaseRepositoryError,
+    SigningKeyError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
 from platforms.errors import MeasuringError, NoArtifactError, PlatformError
-from worker.errors import BadImageError, WorkerError
+from worker.errors import BadImageError, ReleaseUnknownError, WorkerError
 
 # Typed out: scripts rely on these numbers.
 EXPECTED: dict[type[Exception], int] = {
@@ -59,6 +63,11 @@ EXPECTED: dict[type[Exception], int] = {
     DemoStepError: 1,
     MeasuringError: 1,
     PlotMissingError: 1,
+    PublishMissingError: 1,
+    ReleaseRepositoryError: 1,
+    ReleaseExistsError: 1,
+    SigningKeyError: 1,
+    ReleaseUnknownError: 3,
 }
 
 
