@@ -360,11 +360,17 @@ class ReleaseRepository:
         return Signed(role, metadata, data)
 
     def publish(self, signed: Signed) -> None:
-        """Write metadata that has all its signatures where boxes look, and remove the staged."""
+        """Write metadata that has all its signatures where boxes look.
+
+        They see it when a timestamp leads to it; until then the staged is what counts.
+        """
         version = "" if signed.role == Timestamp.type else f"{signed.version}."
         path = self.folder / METADATA_DIR / f"{version}{signed.role}.json"
         write_atomic(path, signed.data.decode())
-        (self.folder / STAGED_DIR / f"{signed.role}.json").unlink(missing_ok=True)
+
+    def remove_staged(self, role: str) -> None:
+        """Forget staged metadata, once boxes see it."""
+        (self.folder / STAGED_DIR / f"{role}.json").unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -74,6 +74,8 @@ def sign_repository(
         return SigningReport({}, waiting)
     for signed in run.changed:
         repository.publish(signed)
+    for signed in run.changed:
+        repository.remove_staged(signed.role)
     for role in repository.list_staged():
         waiting.setdefault(role, "waits for others to be signed")
     published = {signed.role: signed.version for signed in run.changed}

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from console.release.bundle import write_bundle
 from console.release.verification import verify_releases
 from tests.harness.publishing import (
+    MEMORY,
     START,
     Box,
     Lead,
@@ -65,10 +67,22 @@ def lead(channel: str) -> Iterator[Lead]:
 
 
 @pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    found = Publisher(tmp_path / "publisher")
-    found.release("digits", "1.0.0")
-    return found
+def tmp_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("template") / "publisher"
+    Publisher(home).release("digits", "1.0.0")
+    return home
+
+
+@pytest.fixture
+def publisher(tmp_path: Path, template: Path) -> Publisher:
+    """Return a publisher with keys, and one release."""
+    return Publisher(shutil.copytree(template, tmp_path / "publisher"))
 
 
 @pytest.fixture
@@ -242,6 +256,22 @@ def test_expired_root_is_refused(lead: Lead, tmp_path: Path) -> None:
         box.look(source, now=START + timedelta(days=11))
 
 
+def test_expired_root_is_refused_by_a_box_whose_clock_starts_in_1970(
+    lead: Lead, tmp_path: Path
+) -> None:
+    days = {"root": 10, "targets": 365, "snapshot": 30, "timestamp": 30}
+    publisher = Publisher(tmp_path / "publisher", days)
+    publisher.release("digits", "1.0.0")
+    box = Box(tmp_path / "box", publisher.root)
+    dawn = datetime(1970, 1, 2, tzinfo=UTC)
+    box.look(lead(publisher.copy("before")), now=dawn)
+    publisher.pass_days(20)
+    publisher.sign(publisher.take_keys("targets", *ONLINE))
+
+    with pytest.raises(ReleaseExpiredError):
+        box.look(lead(publisher.folder), now=dawn)
+
+
 class _Endless(SimpleHTTPRequestHandler):
     """Sends a timestamp that never ends."""
 
@@ -390,6 +420,19 @@ def test_wiped_local_metadata_does_not_bring_an_old_root_back(
 
     with pytest.raises(TrustError):
         box.look(lead(withheld))
+
+
+def test_torn_root_with_newer_roots_withheld_does_not_look_like_new_keys(
+    publisher: Publisher, box: Box
+) -> None:
+    first = FolderReleaseSource(publisher.copy("first"))
+    publisher.rotate("root")
+    publisher.rotate("timestamp")
+    box.look(FolderReleaseSource(publisher.folder))
+    (box.folder / "metadata" / "root_history" / "2.root.json").write_bytes(b"")
+
+    with pytest.raises(TrustError, match="played back"):
+        box.look(first)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "zeros", "folder"])
@@ -709,9 +752,10 @@ def test_bundle_with_an_oversize_member_is_refused(tmp_path: Path, name: str, si
         BundleSource(path)
 
 
-def test_bundle_member_that_is_longer_than_the_bundle_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 1 << 50, 1 << 70])
+def test_bundle_member_that_is_longer_than_the_bundle_is_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "evil.edgeward"
-    path.write_bytes(make_member(f"blobs/{'0' * 64}", 1 << 50).tobuf(tarfile.GNU_FORMAT))
+    path.write_bytes(make_member(f"blobs/{'0' * 64}", size).tobuf(tarfile.GNU_FORMAT))
 
     with pytest.raises(BundleError, match="torn"):
         BundleSource(path)

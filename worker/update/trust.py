@@ -279,6 +279,8 @@ class _Updater(Updater):
         Source: TUF specification 5.3.11, recovery from a fast-forward attack.
         """
         version = self._floors.versions.get("root", 0)
+        if version >= self._trusted_set.root.version:
+            return False
         try:
             text = (self._cache / "root_history" / f"{version}.root.json").read_bytes()
             before = Metadata[Root].from_bytes(text).signed
