@@ -16,6 +16,7 @@ from console.commands import (
     explain,
     jobs,
     models,
+    release,
     rollout,
     services,
     submit,
@@ -40,6 +41,8 @@ app = typer.Typer(
 for group in (services, box, submit, explain, diag, bench, compare):
     group.register(app)
 app.add_typer(models.app, name="models")
+app.add_typer(release.app, name="release")
+app.add_typer(release.keys, name="keys")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(console.app, name="console")
 app.add_typer(rollout.app, name="rollout")

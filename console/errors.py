@@ -11,6 +11,10 @@ ConsoleError
 ├── AlreadyListeningError another `edgeward console listen` uses the file
 ├── BaselineMismatchError a baseline is of another box, another model or other conditions
 ├── PlotMissingError      the plotting library is not installed
+├── ReleaseRepositoryError  a folder is no release repository, or would become an inconsistent one
+│   └── ReleaseExistsError    that version was released with other content
+├── SigningKeyError       a signing key is missing, damaged, or where it must not be
+├── PublishMissingError   the signing library is not installed
 ├── DemoStepError         a step of the demo did not show what it should
 ├── RolloutPlanError      the groups, thresholds or times of a rollout make no sense
 ├── RolloutOrderError     a rollout's state does not allow what was asked
@@ -91,6 +95,30 @@ class PlotMissingError(ConsoleError):
     """The plotting library is not installed."""
 
     code = "plot_missing"
+
+
+class ReleaseRepositoryError(ConsoleError):
+    """A folder is no release repository, is damaged, or would become inconsistent."""
+
+    code = "bad_release_repository"
+
+
+class ReleaseExistsError(ReleaseRepositoryError):
+    """That version of the model was released with other content; it stays as it is."""
+
+    code = "release_exists"
+
+
+class SigningKeyError(ConsoleError):
+    """A signing key is missing, damaged, in the repository, or there already."""
+
+    code = "bad_signing_key"
+
+
+class PublishMissingError(ConsoleError):
+    """The library that signs is not installed; a box that only verifies does without."""
+
+    code = "publish_missing"
 
 
 class DemoStepError(ConsoleError):

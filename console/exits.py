@@ -43,7 +43,7 @@ from console.errors import (
     WaitTimedOutError,
 )
 from platforms.errors import PlatformError
-from worker.errors import WorkerError
+from worker.errors import ReleaseUnknownError, WorkerError
 
 
 class Exit(IntEnum):
@@ -73,6 +73,7 @@ EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
         InputNotFoundError: Exit.NOT_FOUND,
         JobNotFoundError: Exit.NOT_FOUND,
         RolloutNotFoundError: Exit.NOT_FOUND,
+        ReleaseUnknownError: Exit.NOT_FOUND,
         BrokerUnavailableError: Exit.BROKER,
         BrokerMissingError: Exit.BROKER,
         WaitTimedOutError: Exit.TIMED_OUT,

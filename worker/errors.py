@@ -24,6 +24,12 @@ WorkerError
 │   ├── FetchBusyError      another process is fetching the same file
 │   ├── FetchCanceledError  whoever asked for it no longer wants it; part files stay
 │   └── ChunkIndexError     a list of chunks is malformed or contradicts its file
+├── TrustError              a release is not what those whom this box trusts have signed
+│   ├── ReleaseExpiredError     a signature's time is over: frozen, or not signed again
+│   ├── ReleaseUnknownError     nobody whom this box trusts has signed such a release
+│   ├── BundleError             a bundle file holds what no bundle holds
+│   ├── TrustBusyError          another process uses the same trust folder
+│   └── TrustFolderError        the trust folder cannot be written
 └── ServingError            a request for an answer at once was not taken
     ├── ModelUnavailableError  the model has been unloaded, or does not load
     ├── MemoryBudgetError      models that are in use leave it no room
@@ -179,6 +185,44 @@ class ChunkIndexError(FetchError):
     """A list of chunks is malformed, too large, or contradicts its file."""
 
     code = "bad_chunk_index"
+
+
+class TrustError(WorkerError):
+    """Metadata or a release is not what those whom this box trusts have signed last."""
+
+    code = "release_untrusted"
+
+
+class ReleaseExpiredError(TrustError):
+    """Metadata is past the time that its signer gave it: held back, or not signed again."""
+
+    code = "release_expired"
+
+
+class ReleaseUnknownError(TrustError):
+    """Nobody whom this box trusts for that model has signed a release of that version."""
+
+    code = "release_unknown"
+
+
+class BundleError(TrustError):
+    """A bundle file is torn, or holds something that no bundle holds."""
+
+    code = "bad_bundle"
+
+
+class TrustBusyError(TrustError):
+    """Another process is verifying with the same trust folder."""
+
+    code = "trust_busy"
+    retryable = True
+
+
+class TrustFolderError(TrustError):
+    """The trust folder cannot be read or written: no room, no permission, a bad disk."""
+
+    code = "trust_folder_unusable"
+    retryable = True
 
 
 class ServingError(WorkerError):

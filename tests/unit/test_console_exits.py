@@ -24,15 +24,19 @@ from console.errors import (
     InputFileError,
     JobNotFoundError,
     PlotMissingError,
+    PublishMissingError,
+    ReleaseExistsError,
+    ReleaseRepositoryError,
     RolloutBusyError,
     RolloutNotFoundError,
     RolloutOrderError,
     RolloutPlanError,
+    SigningKeyError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
 from platforms.errors import MeasuringError, NoArtifactError, PlatformError
-from worker.errors import BadImageError, WorkerError
+from worker.errors import BadImageError, ReleaseUnknownError, WorkerError
 
 # Typed out: scripts rely on these numbers.
 EXPECTED: dict[type[Exception], int] = {
@@ -67,6 +71,11 @@ EXPECTED: dict[type[Exception], int] = {
     MeasuringError: 1,
     PlotMissingError: 1,
     RolloutOrderError: 1,
+    PublishMissingError: 1,
+    ReleaseRepositoryError: 1,
+    ReleaseExistsError: 1,
+    SigningKeyError: 1,
+    ReleaseUnknownError: 3,
 }
 
 
