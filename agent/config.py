@@ -251,6 +251,36 @@ class WorkerSettings(_Section):
 class UpdateSettings(_Section):
     """New versions of models (docs/lifecycle.md)."""
 
+    url: str | None = Field(
+        default=None,
+        description="Where releases come from: https://… of a release repository, or a folder; "
+        "none: bundle files and local versions only.",
+    )
+    root_file: Path | None = Field(
+        default=None,
+        description="Root metadata that says whom to trust; by default `data_dir`/trust/root.json.",
+    )
+    ca_file: Path | None = Field(
+        default=None, description="CA certificates of the source (system's if none)."
+    )
+    allow_plain: bool = Field(
+        default=False, description="Take releases from another machine without TLS."
+    )
+    allow_unsigned: bool = Field(
+        default=True, description="Let `edgeward models add` add versions that nobody signed."
+    )
+    bytes_per_s: int | None = Field(
+        default=None, ge=1024, description="Bandwidth of fetching; none: no limit."
+    )
+    reserve_bytes: int = Field(
+        default=256 << 20, ge=0, description="Disk that fetching leaves free."
+    )
+    keep_versions: int = Field(
+        default=3,
+        ge=2,
+        description="Versions of a model kept after an update; the active, the previous and a "
+        "pinned one always are.",
+    )
     point_s: float = Field(
         default=0.4, gt=0, le=60, description="How long each batch size is measured at staging."
     )
@@ -429,6 +459,16 @@ class Settings(BaseSettings):
     def costs_dir(self) -> Path:
         """What batches of each model cost here, as measured."""
         return self.data_dir / "cache" / "costs"
+
+    @property
+    def trust_dir(self) -> Path:
+        """Whom this box trusts for releases, and what was verified last."""
+        return self.data_dir / "trust"
+
+    @property
+    def trust_root_file(self) -> Path:
+        """The root metadata that every signature is traced back to."""
+        return self.updates.root_file or self.trust_dir / "root.json"
 
     @property
     def choices_dir(self) -> Path:

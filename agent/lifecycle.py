@@ -85,6 +85,8 @@ class UpdateParams(_Wire):
     """When the new version may be activated; it is fetched and staged at any time."""
     force: bool = False
     """Try again what failed here before."""
+    bundle: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """File below `inbox`/_releases that the release is in; None: the box's source has it."""
 
 
 class Phase(StrEnum):

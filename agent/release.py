@@ -15,6 +15,10 @@ version's `manifest.json`.
 Source: docs/releases.md.
 """
 
+import itertools
+import re
+import tarfile
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,6 +33,7 @@ METADATA_DIR = "metadata"
 TARGETS_DIR = "targets"
 BLOBS_DIR = "blobs"
 CHUNKS_DIR = "chunks"
+_BUNDLE_MEMBERS_MAX = 50_000
 BUNDLE_SUFFIX = ".edgeward"
 """Of a file that holds metadata, one release and its blobs, for a USB stick."""
 
@@ -99,3 +104,27 @@ def parse_release(text: bytes) -> ReleaseDocument:
         where = ".".join(str(part) for part in first["loc"]) or "(whole document)"
         msg = f"{RELEASE_FILE}: {where}: {first['msg']}"
         raise ReleaseError(msg) from exc
+
+
+def find_bundled(path: Path) -> tuple[str, str]:
+    """Return model and version that a bundle file says it has; nothing of it is verified here.
+
+    Raises:
+        ReleaseError: it is no bundle, or names no release, or several.
+    """
+    pattern = re.compile(rf"{TARGETS_DIR}/([^/]+)/([^/]+)/[0-9a-f]{{64}}\.{RELEASE_FILE}")
+    try:
+        with tarfile.open(path, "r:") as bundle:
+            names = [member.name for member in itertools.islice(bundle, _BUNDLE_MEMBERS_MAX)]
+    except (OSError, tarfile.TarError, EOFError, ValueError) as exc:
+        msg = f"{path.name} is no bundle of a release: {exc}"
+        raise ReleaseError(msg) from exc
+    found = {match.groups() for name in names if (match := pattern.fullmatch(name)) is not None}
+    if len(found) != 1:
+        msg = f"{path.name} must hold one release, and has {len(found)}"
+        raise ReleaseError(msg)
+    [(name, version)] = found
+    if not all(re.match(NAME_PATTERN, text) for text in (name, version)):
+        msg = f"{path.name}: {name[:64]!r} {version[:64]!r} are no names of a model and a version"
+        raise ReleaseError(msg)
+    return name, version

@@ -25,7 +25,7 @@ from agent.errors import (
     RepositoryBusyError,
     VersionNotFoundError,
 )
-from agent.fileio import fsync_dir, fsync_tree, replace_link
+from agent.fileio import fsync_dir, fsync_tree, replace_link, write_atomic
 from agent.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -35,12 +35,14 @@ from agent.manifest import (
     verify_files,
     write_manifest,
 )
+from agent.traffic import TRAFFIC_FILE
 
 CURRENT = "current"
 PREVIOUS = "previous"
 _BLOBS = ".blobs"
 _LOCK = ".lock"
 _STAGING = ".staging-"
+_PIN = "pinned"
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,10 @@ class ModelRepository:
             raise ModelNotFoundError(msg)
         return folder
 
+    def is_pinned(self, name: str) -> bool:
+        """Say whether somebody on the box keeps a model as it is."""
+        return (self._root / name / _PIN).exists()
+
     # --- changing --------------------------------------------------------------------------
 
     def add(self, source: Path, name: str | None = None, *, activate: bool = True) -> ModelVersion:
@@ -240,6 +246,23 @@ class ModelRepository:
             raise VersionNotFoundError(msg)
         return self.activate(name, str(previous.number))
 
+    def pin(self, name: str) -> None:
+        """Keep a model as it is, whatever a console wants.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        folder = self._get_folder(name)
+        write_atomic(folder / _PIN, "")
+
+    def unpin(self, name: str) -> None:
+        """Let a console decide about a model again.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        (self._get_folder(name) / _PIN).unlink(missing_ok=True)
+
     def restore(self, name: str, active: int | None, previous: int | None) -> None:
         """Set a model's links to what they were before an update. Needs no network.
 
@@ -294,6 +317,9 @@ class ModelRepository:
                 shutil.rmtree(doomed)
             fsync_dir(model)
             self._collect_garbage()
+            if not _numbers(model):
+                for name in (TRAFFIC_FILE, _PIN):
+                    (model / name).unlink(missing_ok=True)
             with suppress(OSError):
                 model.rmdir()
         return [item.number for item in versions]

@@ -20,6 +20,7 @@ ConsoleError
 ├── RolloutOrderError     a rollout's state does not allow what was asked
 ├── RolloutNotFoundError  the state folder has no such rollout, or no device fits a new one
 ├── RolloutBusyError      another process works on the same state folder
+├── UnsignedError         this box takes signed releases only
 └── InputFileError        a file named on the command line cannot be used as an input
     └── InlineTooLargeError   it is too large to travel inside a command
 """
@@ -150,6 +151,12 @@ class RolloutBusyError(ConsoleError):
 
     code = "rollout_busy"
     retryable = True
+
+
+class UnsignedError(ConsoleError):
+    """This box takes signed releases only."""
+
+    code = "unsigned_refused"
 
 
 class InputFileError(ConsoleError):

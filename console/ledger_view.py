@@ -14,9 +14,10 @@ from agent.config import Settings
 from agent.jobs import ENDS, JobState
 from agent.store.database import open_reader, transaction
 from agent.store.facts import CONSOLE_ACKS, read_fact
-from agent.store.tables import Job, OutboxRecord, Transition
+from agent.store.tables import Deployment, Job, OutboxRecord, Transition
 from console.errors import JobNotFoundError
 
+_DEPLOYMENTS = Deployment.__table__  # type: ignore[attr-defined]
 _JOBS = Job.__table__  # type: ignore[attr-defined]
 _TRANSITIONS = Transition.__table__  # type: ignore[attr-defined]
 _OUTBOX = OutboxRecord.__table__  # type: ignore[attr-defined]
@@ -124,6 +125,12 @@ class LedgerView:
     def count_unreported(self) -> int:
         """Return how many records wait for the console."""
         return self._count(select(func.count()).select_from(_OUTBOX))
+
+    def find_phase(self, job_id: str) -> str | None:
+        """Return where a job's update is after its staging; None before, or once it is over."""
+        query = select(_DEPLOYMENTS.c.phase).where(_DEPLOYMENTS.c.job_id == job_id)
+        with transaction(self._engine) as tx:
+            return tx.execute(query).scalar()
 
     def wait_for_ends(
         self, job_ids: Sequence[str], timeout_s: float, seen: Callable[[dict[str, Row]], None]

@@ -41,6 +41,7 @@ which came to 3.6 MB an hour at 20 jobs a second (docs/reliability.md)."""
 
 LANES = (Lane.INFERENCE, Lane.BATCH)
 QUEUE, MQTT, AGENT, WORKER = "queue", "mqtt", "agent", "worker"
+MAINTENANCE = "maintenance"
 _LOCK_FILE = "up.lock"
 _LOOPBACK_HOSTS = {LOOPBACK, "localhost", "::1"}
 # -P: the working directory is not put on the path, whatever it holds.
@@ -107,6 +108,7 @@ def plan_box(settings: Settings, config: Path | None, kind: MqttBrokerKind | Non
     where = _plan_mqtt(settings, kind, parts)
     slot = f"{settings.device_id}/up"
     common = _common_options(settings, config)
+    maintenance = ("--slot", f"{settings.device_id}/maintenance")
     lanes = [option for lane in LANES for option in ("--lane", lane.value)]
     if settings.http.port is not None:
         parts.env["EDGEWARD_HTTP__PORT"] = str(settings.http.port)
@@ -122,6 +124,13 @@ def plan_box(settings: Settings, config: Path | None, kind: MqttBrokerKind | Non
             (*_PROGRAM, WORKER, *lanes, "--slot", slot, *common),
             parts.env,
             _is_worker_ready(queue_url, slot),
+        ),
+        # Nobody waits for it: an update may begin a moment later.
+        ChildSpec(
+            MAINTENANCE,
+            (*_PROGRAM, WORKER, "--lane", Lane.MAINTENANCE.value, *maintenance, *common),
+            parts.env,
+            lambda: True,
         ),
     ]
     return Plan(
@@ -231,7 +240,7 @@ def run_up(
                 began = time.monotonic()
                 with out.spinner(f"starting {child.name}"):
                     children.start_child(child.name)
-                out.note(f"  ✓ {child.name:<7}{time.monotonic() - began:5.1f} s")
+                out.note(f"  ✓ {child.name:<11}{time.monotonic() - began:5.1f} s")
             if not wait_until_live(settings.http):
                 out.note(f"  ! the HTTP API does not answer yet; see {log_dir / 'worker.log'}")
             for note in plan.notes:

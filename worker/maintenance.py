@@ -12,7 +12,7 @@ trials and between pieces of a download; no version is installed that was not ve
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from agent.choice import ChoiceRecord, compute_digest
 from agent.commands import read_update_params
 from agent.config import Settings
-from agent.errors import AgentError, VersionNotFoundError
+from agent.errors import AgentError, PathNotAllowedError, VersionNotFoundError
 from agent.faults import reach
 from agent.jobs import JobState
 from agent.lifecycle import UpdateParams
@@ -42,6 +42,8 @@ STAGED = "staged"
 
 _MEMORY_SHARE = 0.5
 _UNIT = "trials"
+RELEASES = "_releases"
+"""Folder of the inbox that bundle files are in."""
 
 
 class _StoppedError(Exception):
@@ -66,21 +68,15 @@ class _Job:
         return str(self.item["id"])
 
 
-Fetch = Callable[[str, str, Callable[[int, int], None]], ModelVersion]
-"""From a model, a release and a progress to the version that was installed, inactive."""
-
-
 class Maintainer:
     """Runs the tasks of the lane maintenance.
 
     Args:
         settings: of the box.
-        fetch: gets a release onto the box; None: only what is in the repository can be staged.
     """
 
-    def __init__(self, settings: Settings, fetch: Fetch | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._fetch = fetch
         self._repository = ModelRepository(settings.models_dir)
         # Two stagings at a time would measure each other.
         self._alone = threading.Lock()
@@ -96,8 +92,8 @@ class Maintainer:
         try:
             params = read_update_params(item["body"].get("params") or {})
             job = _Job(item, run.task["model"], str(run.task["version"]), params)
-            version = self._find(run, job)
-            staged = self._describe(job, version)
+            version, facts = self._find(run, job)
+            staged = {**self._describe(job, version), **facts}
             run.open_journal(version.folder.name)
             record = self._stage(run, job, version)
         except _StoppedError as exc:
@@ -112,30 +108,57 @@ class Maintainer:
             item, run.began_ms, state=JobState.SUCCEEDED, code="staged", result=result
         )
 
-    def _find(self, run: Run, job: _Job) -> ModelVersion:
-        """Return the version in the repository, fetched where it is not there.
+    def _find(self, run: Run, job: _Job) -> tuple[ModelVersion, dict[str, Any]]:
+        """Return the version in the repository, fetched where it is not there, and what to keep.
 
         Raises:
             VersionNotFoundError: it is not there, and there is nowhere to fetch it from.
+            AgentError, WorkerError: as `Installer.install`.
         """
-        try:
-            return self._repository.get_version(job.model, job.release)
-        except AgentError as exc:
-            if self._fetch is None:
-                msg = (
-                    f"release {job.release} of {job.model!r} is not on this box, and no source of "
-                    "releases is set (updates.url): add it with `edgeward models add --no-activate`"
-                )
-                raise VersionNotFoundError(msg) from exc
+        if job.params.bundle is None:
+            try:
+                return self._repository.get_version(job.model, job.release), {}
+            except AgentError as exc:
+                if self._settings.updates.url is None:
+                    msg = (
+                        f"release {job.release} of {job.model!r} is not on this box, and no source "
+                        "of releases is set: set updates.url, drop a bundle into the inbox's "
+                        "_releases, or add it with `edgeward models add --no-activate`"
+                    )
+                    raise VersionNotFoundError(msg) from exc
+        # Only who fetches needs TUF: 20 MB.
+        from worker.update.install import Installer, describe_floors, read_floors
 
         def report(done: int, total: int) -> None:
             _check(run, job.id)
             run.report(job.id, done, total, "bytes")
 
         reach("update.fetching")
-        version = self._fetch(job.model, job.release, report)
+        installed = Installer(self._settings, load_platform(self._settings.data_dir)).install(
+            job.model,
+            job.release,
+            read_floors(run.task.get("floors")),
+            report,
+            self._find_bundle(job),
+        )
         reach("update.fetched")
-        return version
+        facts = {
+            "floors": describe_floors(installed.floors),
+            "is_stale": installed.is_stale,
+            "bytes_total": installed.report.bytes_total,
+            "bytes_fetched": installed.report.bytes_fetched,
+        }
+        return installed.version, facts
+
+    def _find_bundle(self, job: _Job) -> Path | None:
+        if job.params.bundle is None:
+            return None
+        folder = (self._settings.inbox_dir / RELEASES).resolve()
+        path = (folder / job.params.bundle).resolve()
+        if not path.is_relative_to(folder):
+            msg = f"params.bundle: {job.params.bundle!r} is not below {folder}"
+            raise PathNotAllowedError(msg)
+        return path
 
     def _describe(self, job: _Job, version: ModelVersion) -> dict[str, Any]:
         return {

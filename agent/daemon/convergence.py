@@ -11,7 +11,6 @@ has been tried for a document is not tried again before another one comes.
 import json
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
@@ -94,7 +93,7 @@ class Convergence:
         if desired is None:
             return
         for name, wanted in desired.models.items():
-            if name in busy or is_pinned(self._repository, name):
+            if name in busy or self._repository.is_pinned(name):
                 continue
             try:
                 self._converge(desired, name, wanted)
@@ -131,7 +130,7 @@ class Convergence:
     def describe(self, models: dict[str, Any], desired: Desired | None) -> dict[str, Any]:
         """Return `reported`'s body, with the document that it answers."""
         for name, entry in models.items():
-            if is_pinned(self._repository, name):
+            if self._repository.is_pinned(name):
                 entry["status"] = "pinned_local"
         if desired is None:
             return {"models": models, "status": _sum_up(models)}
@@ -173,11 +172,3 @@ def _sum_up(models: Mapping[str, Any]) -> str:
     order = ("failed", "rolled_back", "applying", "deferred", "pinned_local")
     found = {entry.get("status", "in_sync") for entry in models.values()}
     return next((status for status in order if status in found), "in_sync")
-
-
-PIN_FILE = "pinned"
-
-
-def is_pinned(repository: ModelRepository, name: str) -> bool:
-    """Say whether somebody on the box keeps a model as it is."""
-    return (Path(repository.root) / name / PIN_FILE).exists()

@@ -33,6 +33,7 @@ from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
 from agent.errors import QuarantinedError
 from agent.faults import reach
 from agent.jobs import Lane, Reason
+from agent.store.facts import FLOORS, read_fact
 from agent.store.ledger import EndedJob, Ledger, ReadyJob
 from agent.store.options import read_options
 from agent.tasks import (
@@ -249,7 +250,7 @@ class Dispatcher(threading.Thread):
         bundles = [(new_id(), jobs) for jobs in split[:room]]
         self._ledger.schedule.assign(tx, bundles)
         return [
-            Task(task_id, lane, self._encode(task_id, jobs), _name_task(jobs[0].handler))
+            Task(task_id, lane, self._encode(tx, task_id, jobs), _name_task(jobs[0].handler))
             for task_id, jobs in bundles
         ]
 
@@ -282,11 +283,13 @@ class Dispatcher(threading.Thread):
         per_job_ms = self._per_job_ms.get(model) or 1e-3
         return max(1, min(self._limits.bundle_jobs, int(_BUNDLE_TARGET_MS / per_job_ms)))
 
-    def _encode(self, task_id: str, jobs: Sequence[ReadyJob]) -> str:
+    def _encode(self, tx: Connection, task_id: str, jobs: Sequence[ReadyJob]) -> str:
         # Bodies are JSON already: they are pasted in, not decoded and encoded again.
         first = jobs[0]
+        floors = read_fact(tx, FLOORS) if first.handler == UPDATE else None
         head = encode(
             {
+                **({} if floors is None else {"floors": json.loads(floors)}),
                 "v": 1,
                 "task": task_id,
                 "device": self._device,

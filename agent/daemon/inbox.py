@@ -36,6 +36,7 @@ from agent.commands import (
     CANCEL,
     SUBMIT,
     TRUST,
+    UPDATE,
     Envelope,
     SubmitBody,
     decode_envelope,
@@ -47,10 +48,17 @@ from agent.commands import (
 from agent.config import Settings
 from agent.daemon.intake import refuse
 from agent.daemon.messages import Message, Released, Spooled
-from agent.errors import AgentError, CommandError, MalformedError, ModelNotFoundError
+from agent.errors import (
+    AgentError,
+    CommandError,
+    MalformedError,
+    ModelNotFoundError,
+    ReleaseError,
+)
 from agent.faults import reach
 from agent.fileio import append_line, fsync_dir, write_atomic
 from agent.jobs import ENDS, JobState, Source
+from agent.release import find_bundled
 from agent.store.ledger import EndedJob, NewJob
 from agent.topics import JOB_ID_PATTERN
 
@@ -60,6 +68,8 @@ WORK = ".work"
 DONE = "done"
 FAILED = "failed"
 COMMANDS = "_commands"
+RELEASES = "_releases"
+"""Bundle files, which become update jobs."""
 _RESERVED = {WORK, DONE, FAILED}
 _PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".crdownload", "~")
 _SEPARATOR = "__"
@@ -175,7 +185,7 @@ class Inbox(threading.Thread):
 
     def _iter_models(self) -> Iterator[Path]:
         for folder in sorted(self._inbox.iterdir()):
-            if folder.name[0] in "._":
+            if folder.name[0] in "._" and folder.name != RELEASES:
                 continue
             try:
                 is_folder = folder.is_dir() and not folder.is_symlink()
@@ -236,20 +246,38 @@ class Inbox(threading.Thread):
 
     def _submit(self, job_id: str, path: Path) -> None:
         self._submitted.add(job_id)
-        model = path.parent.parent.name
-        body = {
-            "handler": "infer.batch",
-            "job_id": job_id,
-            "model": model,
-            "input": {"file": str(path.relative_to(self._inbox))},
-        }
-        envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
-        job = self._check(envelope, job_id, Source.FOLDER)
+        if path.parent.parent.name == RELEASES:
+            job = self._build_update(job_id, path)
+        else:
+            body = {
+                "handler": "infer.batch",
+                "job_id": job_id,
+                "model": path.parent.parent.name,
+                "input": {"file": str(path.relative_to(self._inbox))},
+            }
+            envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
+            job = self._check(envelope, job_id, Source.FOLDER)
         self._post(Spooled(Source.FOLDER, job=job))
         reach("inbox.submitted")
         if job.state in ENDS:
             # Refused at the door: nothing will call when it ends, so look after the commit.
             self._post(Spooled(Source.FOLDER, done=lambda: self._notice(job_id)))
+
+    def _build_update(self, job_id: str, path: Path) -> NewJob:
+        """Return the update job of a bundle file; what it says of itself, a worker verifies."""
+        try:
+            model, version = find_bundled(path)
+        except ReleaseError as exc:
+            return refuse(job_id, Source.FOLDER, exc, hash_text(path.name))
+        body = {
+            "handler": UPDATE,
+            "job_id": job_id,
+            "model": model,
+            "version": version,
+            "params": {"bundle": str(path.relative_to(self._inbox / RELEASES))},
+        }
+        envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
+        return self._check(envelope, job_id, Source.FOLDER)
 
     def _notice(self, job_id: str) -> None:
         self._ended.append(job_id)

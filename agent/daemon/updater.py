@@ -39,6 +39,7 @@ from agent.lifecycle import Desired, Phase, UpdateParams
 from agent.repository import ModelRepository
 from agent.store import deployments as store
 from agent.store.deployments import Deployment
+from agent.store.facts import FLOORS, read_fact, save_fact
 from agent.store.ledger import CrashReport, EndedJob, Ledger, Outcome
 from agent.tasks import FiguresBody
 from agent.traffic import Traffic, find_traffic, write_traffic
@@ -92,6 +93,7 @@ class Updater(threading.Thread):
         self._read_figures = read_figures
         self._view_box = view_box
         self._root = settings.models_dir
+        self._keep_versions = settings.updates.keep_versions
         self.convergence = Convergence(clock, repository, call, submit, self._share_lasting)
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -123,6 +125,8 @@ class Updater(threading.Thread):
         ended: list[EndedJob] = []
         for outcome in outcomes:
             staged = outcome.result.get(STAGED) if outcome.result is not None else None
+            if staged is not None and staged.get("floors") is not None:
+                self._raise_floors(tx, staged["floors"])
             if staged is None:
                 rest.append(outcome)
             elif outcome.state is JobState.SUCCEEDED:
@@ -131,6 +135,20 @@ class Updater(threading.Thread):
                 self._refuse(tx, outcome, staged)
                 rest.append(outcome._replace(result=None))
         return rest, ended
+
+    def _raise_floors(self, tx: Connection, found: Mapping[str, Any]) -> None:
+        """Keep what a worker has seen signed: nothing older is taken from now on.
+
+        Committed with the outcome, and so before anything of the release is activated.
+        """
+        known = json.loads(read_fact(tx, FLOORS) or "{}")
+        # New keys of the repository's own roles begin their versions anew; a worker says so.
+        versions = dict(found["versions"])
+        if known.get("versions", {}).get("root", 0) == versions.get("root", 0):
+            for role, version in known.get("versions", {}).items():
+                versions[role] = max(version, versions.get(role, 0))
+        time_ms = max(int(found["time_ms"]), int(known.get("time_ms", 0)))
+        save_fact(tx, FLOORS, encode({"time_ms": time_ms, "versions": versions}))
 
     def _deploy(
         self, tx: Connection, outcome: Outcome, staged: Mapping[str, Any]
@@ -385,6 +403,7 @@ class Updater(threading.Thread):
         self._call(finish)
         self._forget(one.model)
         reach("update.committed")
+        self._prune(one.model)
         log.info("%s: release %s is committed", one.model, one.release)
 
     def _roll_back(self, one: Deployment) -> None:
@@ -415,6 +434,18 @@ class Updater(threading.Thread):
         self._forget(one.model)
         reach("update.rolled_back")
         log.warning("%s: release %s is rolled back: %s", one.model, one.release, reason.message)
+
+    def _prune(self, model: str) -> None:
+        """Remove versions that nobody goes back to."""
+        versions = self._repository.list_versions(model)
+        kept = {item.number for item in versions if item.is_active or item.is_previous}
+        for item in reversed(versions):
+            if len(kept) < self._keep_versions:
+                kept.add(item.number)
+        for item in versions:
+            if item.number not in kept:
+                log.info("%s: version %d is removed, it is too old", model, item.number)
+                self._repository.remove(model, str(item.number))
 
     # --- what the phases share -----------------------------------------------------------------
 

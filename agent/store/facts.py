@@ -14,6 +14,8 @@ _FACTS = Fact.__table__  # type: ignore[attr-defined]
 LEDGER = "ledger"
 BOOT_ID = "boot_id"
 CONSOLE_ACKS = "console_acks"
+FLOORS = "floors"
+"""Below which time and versions no release metadata is taken, JSON; for maintenance workers."""
 
 
 def read_fact(tx: Connection, name: str) -> str | None:

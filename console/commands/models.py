@@ -1,6 +1,7 @@
 """`edgeward models`: the model repository of this box."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from console.errors import InputFileError
-from console.invocation import Invocation, command
+from console.errors import InputFileError, UnsignedError
+from console.invocation import Invocation, command, end_with
 from console.output import build_table
 from platforms.artifact import Precision
 
@@ -53,8 +54,17 @@ def add_model(
         Precision, typer.Option(help="Of the weights, for a bare model.")
     ] = Precision.FP32,
 ) -> None:
-    """Add a version of a model and make it the active one."""
+    """Add a version of a model that nobody signed, and make it the active one.
+
+    For development, and for boxes that have one person: a fleet gets signed releases.
+    """
     import tempfile
+
+    if not call.settings.updates.allow_unsigned:
+        raise UnsignedError(
+            "updates.allow_unsigned is false: this box takes signed releases only "
+            "(edgeward models update, or a bundle file)"
+        )
 
     from console.file_import import find_format, write_file_version
 
@@ -264,6 +274,85 @@ def _to_document(version: "ModelVersion") -> dict[str, Any]:
     }
 
 
+def update_model(
+    call: Invocation,
+    name: NameArgument,
+    release: Annotated[str, typer.Argument(metavar="RELEASE", help="The version's name.")],
+    probation_s: Annotated[
+        float, typer.Option("--probation", min=0, metavar="S", help="How long it is watched.")
+    ] = 600.0,
+    requests: Annotated[
+        int, typer.Option(min=0, help="Answers it must have given before it is committed.")
+    ] = 0,
+    canary: Annotated[
+        str | None, typer.Option(metavar="P,P", help="Shares of the traffic first, such as 10,50.")
+    ] = None,
+    shadow_s: Annotated[
+        float, typer.Option("--shadow", min=0, metavar="S", help="See copies first for so long.")
+    ] = 0.0,
+    max_slowdown: Annotated[
+        float | None, typer.Option(min=0.01, help="p95 over the active version's that is allowed.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try again what failed here before.")
+    ] = False,
+    wait_s: Annotated[
+        float, typer.Option("--wait", min=0, metavar="S", help="How long to wait for the end.")
+    ] = 86_400.0,
+) -> None:
+    """Bring a release into service: fetch, stage, switch, watch; and go back where it fails."""
+    from console.exits import Exit
+    from console.update import build_update, run_update
+
+    params: dict[str, Any] = {
+        "probation": {"duration_s": probation_s, "requests": requests},
+        "rollout": {"shadow_s": shadow_s, "canary": _read_shares(canary)},
+        "force": force,
+    }
+    if max_slowdown is not None:
+        params["policy"] = {"max_slowdown": max_slowdown}
+        params["probation"]["max_slowdown"] = max_slowdown
+    command_ = build_update(name, release, params)
+    began = time.monotonic()
+
+    def tell(words: str) -> None:
+        call.out.note(f"  {time.monotonic() - began:6.1f} s  {words}")
+
+    document = run_update(call.settings, command_, wait_s, tell)
+    reason = document["reason"] or {}
+    call.out.show(
+        document,
+        lambda: f"{name} {release}: {document['state']}: {reason.get('message', '')}",
+    )
+    if document["state"] != "succeeded":
+        is_open = document["state"] in (None, "queued", "running")
+        end_with(Exit.TIMED_OUT if is_open else Exit.NOT_AS_ASKED)
+
+
+def _read_shares(text: str | None) -> list[float]:
+    """Return `10,50` as numbers.
+
+    Raises:
+        typer.BadParameter: they are none.
+    """
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is no list of shares", param_hint="--canary") from exc
+
+
+def pin_model(call: Invocation, name: NameArgument) -> None:
+    """Keep a model as it is, whatever the console wants, until `unpin`."""
+    _open(call).pin(name)
+    call.out.show({"model": name, "pinned": True}, lambda: f"{name} stays as it is")
+
+
+def unpin_model(call: Invocation, name: NameArgument) -> None:
+    """Let the console decide about a model again."""
+    _open(call).unpin(name)
+    call.out.show({"model": name, "pinned": False}, lambda: f"{name} follows the console again")
+
+
 def measure_version(
     call: Invocation,
     name: NameArgument,
@@ -311,5 +400,8 @@ command(app, "list")(list_models)
 command(app, "activate")(activate_version)
 command(app, "rollback")(roll_back)
 command(app, "remove")(remove_version)
+command(app, "update")(update_model)
+command(app, "pin")(pin_model)
+command(app, "unpin")(unpin_model)
 command(app, "measure")(measure_version)
 command(app, "trust")(trust_version)

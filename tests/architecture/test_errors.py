@@ -52,6 +52,18 @@ JOB_REASONS = {
     "replaced",
     "outbox_full",
     "progress_timeout",
+    "staged",
+    "committed",
+    "version_bad",
+    "update_in_progress",
+    "probation_errors",
+    "probation_disagreement",
+    "probation_slow",
+    "probation_memory",
+    "probation_crash",
+    "probation_hang",
+    "power_lost",
+    "changed_locally",
 }
 
 

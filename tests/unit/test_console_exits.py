@@ -32,6 +32,7 @@ from console.errors import (
     RolloutOrderError,
     RolloutPlanError,
     SigningKeyError,
+    UnsignedError,
     WaitTimedOutError,
 )
 from console.exits import Exit, code_of, exit_of
@@ -72,6 +73,7 @@ EXPECTED: dict[type[Exception], int] = {
     PlotMissingError: 1,
     RolloutOrderError: 1,
     PublishMissingError: 1,
+    UnsignedError: 1,
     ReleaseRepositoryError: 1,
     ReleaseExistsError: 1,
     SigningKeyError: 1,
