@@ -1,7 +1,7 @@
 """What an attacker can do between a publisher and a box, each refused, over all three channels.
 
-Every attack is first shown to work on a box without the defence, or the material to be
-genuine: a test that refuses because its forgery is clumsy shows nothing.
+Where it can, a test also shows that the material is genuine, or that a box which has seen
+nothing takes it: a forgery that is refused for its clumsiness shows nothing.
 """
 
 import fcntl
