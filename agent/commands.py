@@ -26,6 +26,7 @@ from agent.errors import (
     UnsupportedVersionError,
 )
 from agent.jobs import Lane
+from agent.lifecycle import Desired, UpdateParams
 from agent.manifest import NAME_PATTERN
 from agent.window import Window
 
@@ -36,11 +37,17 @@ CANCEL = "job.cancel"
 ACK = "ack"
 SYNC = "sync"
 TRUST = "model.trust"
+DESIRED = "desired"
 _SERIES = 32**3
 _FILES_MAX = 1000
 
 # Handlers a job may name, with the lane each runs in unless the job says another.
-HANDLERS: dict[str, Lane] = {"infer": Lane.INFERENCE, "infer.batch": Lane.BATCH}
+UPDATE = "update"
+HANDLERS: dict[str, Lane] = {
+    "infer": Lane.INFERENCE,
+    "infer.batch": Lane.BATCH,
+    UPDATE: Lane.MAINTENANCE,
+}
 
 
 def new_id() -> str:
@@ -131,7 +138,7 @@ class SubmitBody(_Wire):
     job_id: str | None = None
     model: str = Field(pattern=NAME_PATTERN)
     version: str | None = Field(default=None, pattern=NAME_PATTERN)
-    input: JobInput
+    input: JobInput | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     lane: Lane | None = None
     priority: int = Field(default=5, ge=0, le=9)
@@ -146,6 +153,7 @@ class SubmitBody(_Wire):
     dedupe: Literal["drop_new", "replace_queued", "run_all"] = "drop_new"
     on_full: Literal["keep_newest", "keep_oldest", "fail"] = "keep_newest"
     window: Window | None = None
+    key: str | None = Field(default=None, min_length=1, max_length=128)
 
 
 class AckBody(_Wire):
@@ -229,13 +237,57 @@ def parse_submit(envelope: Envelope, job_id: str) -> SubmitBody:
     if body.job_id is not None and body.job_id != job_id:
         msg = f"the body names job {body.job_id}, the topic {job_id}"
         raise InvalidBodyError(msg)
-    if body.input.given() != 1:
+    if body.handler == UPDATE:
+        _check_update(body)
+        return body
+    if body.input is None or body.input.given() != 1:
         msg = "body: input: give exactly one of tensors, data_b64, file and files"
         raise InvalidBodyError(msg)
     if body.input.files is not None and body.handler != "infer.batch":
         msg = "body: input: files are for the handler infer.batch"
         raise InvalidBodyError(msg)
     return body
+
+
+def _check_update(body: SubmitBody) -> None:
+    """Refuse an update that names no release, or brings what is not its own.
+
+    Raises:
+        InvalidBodyError: it does.
+    """
+    if body.version is None or body.input is not None:
+        msg = "body: an update names a version (the release), and has no input"
+        raise InvalidBodyError(msg)
+    if body.lane not in (None, Lane.MAINTENANCE):
+        msg = "body: lane: updates run in the lane maintenance"
+        raise InvalidBodyError(msg)
+    read_update_params(body.params)
+
+
+def read_update_params(params: dict[str, Any]) -> UpdateParams:
+    """Return the checked `params` of an update.
+
+    Raises:
+        InvalidBodyError: one does not fit the schema.
+    """
+    try:
+        return UpdateParams.model_validate(params)
+    except ValidationError as exc:
+        raise InvalidBodyError(f"body: params: {describe(exc)}") from exc
+
+
+def parse_desired(envelope: Envelope) -> Desired:
+    """Return the checked desired document.
+
+    Raises:
+        UnsupportedTypeError: the envelope is no `desired`.
+        InvalidBodyError: the body does not fit the schema.
+    """
+    check_type(envelope, DESIRED)
+    try:
+        return Desired.model_validate(envelope.body)
+    except ValidationError as exc:
+        raise InvalidBodyError(f"body: {describe(exc)}") from exc
 
 
 def parse_ack(envelope: Envelope) -> AckBody:

@@ -248,6 +248,22 @@ class WorkerSettings(_Section):
     )
 
 
+class UpdateSettings(_Section):
+    """New versions of models (docs/lifecycle.md)."""
+
+    point_s: float = Field(
+        default=0.4, gt=0, le=60, description="How long each batch size is measured at staging."
+    )
+    trial_timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest step of a trial at staging: a load, a run."
+    )
+    trial_memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most memory of a trial at staging, MB; by default half of the box's.",
+    )
+
+
 class MetricsSettings(_Section):
     """The agent's metrics for Prometheus; the inference worker's are on its HTTP API."""
 
@@ -357,6 +373,7 @@ class Settings(BaseSettings):
     outbox: OutboxSettings = OutboxSettings()
     limits: LimitSettings = LimitSettings()
     worker: WorkerSettings = WorkerSettings()
+    updates: UpdateSettings = UpdateSettings()
     metrics: MetricsSettings = MetricsSettings()
     http: HttpSettings = HttpSettings()
 

@@ -48,6 +48,24 @@ POINTS = (
     "spool.posted",
     "spool.removed",
 )
+UPDATE_POINTS = (
+    "update.fetching",
+    "update.fetched",
+    "update.staging",
+    "update.told",
+    "update.staged",
+    "update.activating",
+    "update.shared",
+    "update.switched",
+    "update.committing",
+    "update.unshared",
+    "update.committed",
+    "update.rolling_back",
+    "update.restored",
+    "update.reset",
+    "update.rolled_back",
+)
+"""Those that only an update passes; tests/fault/test_update_faults.py ends the box at each."""
 
 
 class _Fault:

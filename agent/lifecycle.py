@@ -90,11 +90,14 @@ class UpdateParams(_Wire):
 class Phase(StrEnum):
     """Where an update is, by its wire name."""
 
-    STAGING = "staging"
     WAITING = "waiting"
+    """Staged; its window is closed, or nobody has looked yet."""
     SHADOW = "shadow"
     CANARY = "canary"
+    ACTIVATING = "activating"
     PROBATION = "probation"
+    COMMITTING = "committing"
+    ROLLING_BACK = "rolling_back"
 
 
 Release = Annotated[str, Field(pattern=NAME_PATTERN)]

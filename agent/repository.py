@@ -66,6 +66,11 @@ class ModelRepository:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    @property
+    def root(self) -> Path:
+        """The repository's folder."""
+        return self._root
+
     # --- reading -------------------------------------------------------------------------
 
     def list_models(self) -> list[str]:
@@ -234,6 +239,32 @@ class ModelRepository:
             msg = f"model {name!r} has no previous version to go back to"
             raise VersionNotFoundError(msg)
         return self.activate(name, str(previous.number))
+
+    def restore(self, name: str, active: int | None, previous: int | None) -> None:
+        """Set a model's links to what they were before an update. Needs no network.
+
+        Args:
+            name: of the model.
+            active: number of the version to serve; None: none.
+            previous: what `previous` named then; one that is gone counts as none.
+
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is no such model, or no such version.
+            RepositoryBusyError: another process is changing the repository.
+        """
+        numbers = {item.number for item in self.list_versions(name)}
+        if active is not None and active not in numbers:
+            msg = f"model {name!r} has no version {active} to go back to"
+            raise VersionNotFoundError(msg)
+        with self._lock():
+            model = self._root / name
+            # The switch comes first: it is what matters.
+            for link, number in ((CURRENT, active), (PREVIOUS, previous)):
+                if number in numbers:
+                    replace_link(model / link, str(number))
+                elif (model / link).is_symlink():
+                    (model / link).unlink()
+            fsync_dir(model)
 
     def remove(self, name: str, version: str | None = None) -> list[int]:
         """Remove one version, or the whole model; return the numbers removed.

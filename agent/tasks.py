@@ -11,12 +11,13 @@ reasons: design notes "pitfalls", and docs/adr/0003.
 from typing import Any
 
 import redis
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ulid import ULID
 
 from agent.jobs import Lane
 
 INFER_TASK = "edgeward.infer"
+MAINTAIN_TASK = "edgeward.maintain"
 OUTCOME = "outcome"
 PROGRESS = "progress"
 CRASH = "crash"
@@ -25,6 +26,7 @@ CANCEL_LIFE_S = 3600
 # Workers say that they live in a key of short life: often while they hold tasks.
 EPOCH_KEY = "edgeward:epoch"
 HEARTBEAT_PREFIX = "edgeward:worker:"
+FIGURES_PREFIX = "edgeward:figures:"
 HEARTBEAT_BUSY_S = 0.5
 HEARTBEAT_IDLE_S = 3.0
 # A pause of a worker that is longer than this looks like its death: its tasks run again.
@@ -128,9 +130,43 @@ class HeartbeatBody(BaseModel):
     """Those of them whose run has begun, and lasts."""
 
 
+class VersionFigures(BaseModel):
+    """What a model version has done in one worker process since that began."""
+
+    model_config = ConfigDict(strict=True, frozen=True, cache_strings="keys")
+
+    model: str
+    version: str
+    success: int
+    failed: int
+    """Runs that the version failed; faults of requests do not count."""
+    latencies: dict[str, int] = Field(default_factory=dict)
+    """Answers by `agent.latency.find_step` of their time."""
+    compared: int = 0
+    """Copies that the version saw in shadow and answered."""
+    agreed: int = 0
+    shadow_failed: int = 0
+
+
+class FiguresBody(BaseModel):
+    """What a worker says of versions that somebody watches."""
+
+    model_config = ConfigDict(strict=True, frozen=True, cache_strings="keys")
+
+    worker: str
+    """The process's own id: its counts begin with it."""
+    rss_mb: float
+    versions: list[VersionFigures]
+
+
 def cancel_key(job_id: str) -> str:
     """Return the broker key that asks workers to stop running a job."""
     return CANCEL_PREFIX + job_id
+
+
+def figures_key(slot: str) -> str:
+    """Return the broker key in which the worker of a slot says what watched versions do."""
+    return FIGURES_PREFIX + slot
 
 
 def heartbeat_key(slot: str) -> str:

@@ -37,6 +37,13 @@ def find_report(topic: str) -> ReportAddress | None:
     return ReportAddress(device, kind, rest)
 
 
+def find_desired(topic: str) -> str | None:
+    """Return the device whose desired state a topic carries, or None where it is another topic."""
+    device = topic.removeprefix(f"{PREFIX}/").removesuffix("/c2d/desired")
+    is_one = topic == ConsoleTopics(device).desired and DEVICE_PATTERN.fullmatch(device)
+    return device if is_one else None
+
+
 class ConsoleTopics(Topics):
     """The topics of one device that only a console writes to."""
 
@@ -45,6 +52,7 @@ class ConsoleTopics(Topics):
         head = f"{PREFIX}/{device}/c2d/"
         self.ack = head + "ack"
         self.answer = head + "sync"
+        self.desired = head + "desired"
 
     def reply(self, name: str) -> str:
         """Return a response topic that the device accepts."""

@@ -17,6 +17,7 @@ from console.commands import (
     jobs,
     models,
     release,
+    rollout,
     services,
     submit,
 )
@@ -44,6 +45,7 @@ app.add_typer(release.app, name="release")
 app.add_typer(release.keys, name="keys")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(console.app, name="console")
+app.add_typer(rollout.app, name="rollout")
 
 
 def _print_version(*, wanted: bool) -> None:

@@ -85,6 +85,8 @@ class Connection:
         is_durable: keep a session at the broker, and acknowledge by `settle` only.
         reconnect_s: time between two tries to connect again.
         password: the MQTT password.
+        qos: of the subscriptions. 0 where what is retained of very many topics is wanted at
+            once: mosquitto's queue for QoS 1 drops what is over `max_queued_messages`.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Connection:
         is_durable: bool,
         reconnect_s: float,
         password: str | None,
+        qos: int = 1,
     ) -> None:
+        self._qos = qos
         self._limits = limits
         self._filters = filters
         self._is_durable = is_durable
@@ -142,7 +146,7 @@ class Connection:
         if code.is_failure:
             self._heard.put(Refused(str(code)))
         else:
-            client.subscribe([(topic, 1) for topic in self._filters])
+            client.subscribe([(topic, self._qos) for topic in self._filters])
 
     def _on_disconnect(
         self,
@@ -244,6 +248,15 @@ class Connection:
         """Say whether there is a connection, as far as one can know."""
         return self._client.is_connected()
 
+    def listen_again(self) -> None:
+        """Subscribe once more, which brings all that is retained again; `Subscribed` follows."""
+        self._client.subscribe([(topic, self._qos) for topic in self._filters])
+
+    @property
+    def generation(self) -> int:
+        """How many connections there were; a message says by which one it came."""
+        return self._generation
+
     def take(self, timeout_s: float, limit: int) -> list[Heard]:
         """Return what was heard, up to `limit`, waiting up to `timeout_s` for the first.
 
@@ -271,7 +284,13 @@ class Connection:
             properties.MessageExpiryInterval = message.expiry_s
         if message.response_topic is not None:
             properties.ResponseTopic = message.response_topic
-        info = self._client.publish(message.topic, message.payload, qos=1, properties=properties)
+        info = self._client.publish(
+            message.topic,
+            message.payload,
+            qos=1,
+            retain=message.is_retained,
+            properties=properties,
+        )
         is_sent = info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
         self._last = info if is_sent else self._last
         return is_sent

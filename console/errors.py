@@ -16,6 +16,10 @@ ConsoleError
 ├── SigningKeyError       a signing key is missing, damaged, or where it must not be
 ├── PublishMissingError   the signing library is not installed
 ├── DemoStepError         a step of the demo did not show what it should
+├── RolloutPlanError      the groups, thresholds or times of a rollout make no sense
+├── RolloutOrderError     a rollout's state does not allow what was asked
+├── RolloutNotFoundError  the state folder has no such rollout, or no device fits a new one
+├── RolloutBusyError      another process works on the same state folder
 └── InputFileError        a file named on the command line cannot be used as an input
     └── InlineTooLargeError   it is too large to travel inside a command
 """
@@ -121,6 +125,31 @@ class DemoStepError(ConsoleError):
     """A step of the demo did not show what it should."""
 
     code = "demo_step_failed"
+
+
+class RolloutPlanError(ConsoleError):
+    """The groups, thresholds or times that were given for a rollout make no sense."""
+
+    code = "bad_rollout_plan"
+
+
+class RolloutOrderError(ConsoleError):
+    """A rollout is in a state that does not allow what was asked."""
+
+    code = "rollout_order_refused"
+
+
+class RolloutNotFoundError(ConsoleError):
+    """The state folder has no rollout of that id, or no device fits a new one."""
+
+    code = "unknown_rollout"
+
+
+class RolloutBusyError(ConsoleError):
+    """Another process works on the same state folder: a desired state has one writer."""
+
+    code = "rollout_busy"
+    retryable = True
 
 
 class InputFileError(ConsoleError):

@@ -1,14 +1,16 @@
 """Exit codes of `edgeward`, stable for scripts.
 
     0  done
-    1  any other error
+    1  any other error; a rollout was stopped by errors
     2  wrong usage, or a setting that is unknown or has a bad value
-    3  no such model, version, job or input file
+    3  no such model, version, job, rollout or input file
     4  a broker is not reachable, or not installed
-    5  a job ended, but not as asked: a submit did not succeed, a cancel came too late
+    5  a job ended, but not as asked: a submit did not succeed, a cancel came too late;
+       a rollout ended before its last group, without errors: paused, aborted, nobody answers
     6  timed out waiting; what was asked may still happen
     7  the agent does not run
-    8  busy: another process holds the data folder, the model repository or the console's store
+    8  busy: another process holds the data folder, the model repository, the console's store or
+       the rollouts' state
     130  interrupted by Ctrl-C
 
 Owns the table from errors to codes and nothing else.
@@ -35,6 +37,9 @@ from console.errors import (
     BrokerMissingError,
     ConsoleError,
     JobNotFoundError,
+    RolloutBusyError,
+    RolloutNotFoundError,
+    RolloutPlanError,
     WaitTimedOutError,
 )
 from platforms.errors import PlatformError
@@ -62,11 +67,13 @@ EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
     {
         ConfigError: Exit.USAGE,
         BaselineMismatchError: Exit.USAGE,
+        RolloutPlanError: Exit.USAGE,
         ModelNotFoundError: Exit.NOT_FOUND,
         VersionNotFoundError: Exit.NOT_FOUND,
         InputNotFoundError: Exit.NOT_FOUND,
         JobNotFoundError: Exit.NOT_FOUND,
         ReleaseUnknownError: Exit.NOT_FOUND,
+        RolloutNotFoundError: Exit.NOT_FOUND,
         BrokerUnavailableError: Exit.BROKER,
         BrokerMissingError: Exit.BROKER,
         WaitTimedOutError: Exit.TIMED_OUT,
@@ -74,6 +81,7 @@ EXITS: Mapping[type[Exception], Exit] = MappingProxyType(
         AlreadyListeningError: Exit.BUSY,
         AlreadyUpError: Exit.BUSY,
         RepositoryBusyError: Exit.BUSY,
+        RolloutBusyError: Exit.BUSY,
     }
 )
 """An error's class, or its nearest ancestor in here, gives the exit code; else 1."""

@@ -271,7 +271,7 @@ class ConsoleLink:
                 log.warning("console link: refused: %s", message.why)
             else:
                 self._unsettled.append(message)
-                report = _read(message)
+                report = read_report(message)
                 if report is not None:
                     reports.append(report)
         self._bring_back([report for report in reports if report is not None])
@@ -316,7 +316,7 @@ class ConsoleLink:
                     self._connection.publish(message)
 
 
-def _read(message: Arrived) -> tuple[ReportAddress, Heard] | None:
+def read_report(message: Arrived) -> tuple[ReportAddress, Heard] | None:
     """Return a message as a report, or None where it is none."""
     address = find_report(message.topic)
     if address is None or not message.payload:

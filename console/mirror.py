@@ -121,12 +121,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One message to publish with QoS 1, not retained."""
+    """One message to publish with QoS 1."""
 
     topic: str
     payload: str
     expiry_s: int | None = None
     response_topic: str | None = None
+    is_retained: bool = False
 
 
 @dataclass

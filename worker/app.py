@@ -12,11 +12,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from kombu.exceptions import KombuError
@@ -30,7 +30,14 @@ from agent.jobs import Lane
 from agent.platformfile import find_platform, load_platform, look_at_box
 from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
-from agent.tasks import INFER_TASK, celery_settings, lane_queue
+from agent.tasks import (
+    INFER_TASK,
+    MAINTAIN_TASK,
+    VersionFigures,
+    celery_settings,
+    lane_queue,
+    outcome_queue,
+)
 from platforms.errors import PlatformError
 from platforms.heap import limit_heaps
 from platforms.resources import read_resources
@@ -40,18 +47,32 @@ from worker.crashes import report_predecessors
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure, warm_up
 from worker.engine.control import InferError
-from worker.engine.engine import Engine
+from worker.engine.engine import Engine, ServedModel
 from worker.engine.memory import MemoryBudget
+from worker.engine.routing import TrafficRouter
+from worker.engine.sessions import LoadedModel, ModelKey
+from worker.engine.shadow import Shadow
 from worker.engine.threads import compute_sizes
+from worker.engine.watch import EngineWatch
 from worker.errors import WorkerError
 from worker.frontend import Frontend, build_costs
 from worker.heartbeat import EXIT_HUNG, Heartbeat
 from worker.journal import Journal, slot_folder
 from worker.oom import find_events_file, read_oom
-from worker.outcome import build_outcome, send_crash, send_outcomes, send_progress
+from worker.outcome import (
+    HANG,
+    build_outcome,
+    send_crash,
+    send_death,
+    send_outcomes,
+    send_progress,
+)
 from worker.runner import Runner
 from worker.runs import STATES, Run, Runs
 from worker.staging.preference import find_preference
+
+if TYPE_CHECKING:
+    from worker.maintenance import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +90,12 @@ class Worker:
         self._settings = settings
         self._lanes = lanes
         self._runs = Runs(settings.worker.cancel_grace_s, self._send_progress)
-        self._runner = Runner(settings, lambda: self._engine)
+        self._router = TrafficRouter(settings.models_dir)
+        self._shadow = Shadow(self._open_shadow)
+        self._runner = Runner(settings, lambda: self._engine, self._router, self._shadow)
         self._frontend: Frontend | None = None
         if Lane.INFERENCE in lanes:
-            self._frontend = Frontend(settings, lambda: self._engine)
+            self._frontend = Frontend(settings, lambda: self._engine, self._router, self._shadow)
         self._building = threading.Lock()
         self._id = new_id()
         name = slot or f"{socket.gethostname()}/{'+'.join(lanes)}"
@@ -80,12 +103,26 @@ class Worker:
         self._boot = SystemClock().boot_id()
         self._oom_events = find_events_file()
         self._is_announced = False
+        self._reply = outcome_queue(settings.device_id)
         self._heartbeat = Heartbeat(
-            settings.queue_url, name, self._id, lanes, self._runs, self._on_beat
+            settings.queue_url,
+            name,
+            self._id,
+            lanes,
+            self._runs,
+            self._on_beat,
+            self._read_figures,
         )
         self._app = Celery("edgeward-worker", set_as_current=True)
         self._app.conf.update(celery_settings(settings.queue_url))
         self._app.task(self._infer, name=INFER_TASK, ignore_result=True)
+        self._app.task(self._maintain, name=MAINTAIN_TASK, ignore_result=True)
+
+    def _open_shadow(self, model: str, version: str) -> tuple[ServedModel, LoadedModel]:
+        folder = ModelRepository(self._settings.models_dir).get_folder(model, version)
+        key = ModelKey.from_folder(folder)
+        loaded = self._engine.load_key(key)
+        return self._engine.get_served(key, loaded), loaded
 
     @property
     def _engine(self) -> Engine:
@@ -200,6 +237,7 @@ class Worker:
                 self._boot,
                 read_oom(self._oom_events),
                 lambda crash: send_crash(self._app, crash),
+                lambda process, signal: send_death(self._app, self._reply, process, signal),
             )
         except (KombuError, OSError) as exc:
             log.warning("a crash could not be told; the next start tries again: %s", exc)
@@ -215,6 +253,35 @@ class Worker:
         hung = self._runs.check()
         if hung:
             self._end_hung(hung)
+        self._end_watched()
+
+    def _read_figures(self) -> tuple[float, list[VersionFigures]] | None:
+        return self._watch.read() if self._watch is not None else None
+
+    @property
+    def _watch(self) -> EngineWatch | None:
+        """Return the watch of the engine; None while there is no engine."""
+        if "_built_engine" not in self.__dict__:
+            return None
+        return EngineWatch(self._built_engine, self._router, self._shadow)
+
+    def _end_watched(self) -> None:
+        """End the process where a version on probation hangs, and say which: it is rolled back."""
+        hung = self._watch.find_hung() if self._watch is not None else None
+        if hung is None:
+            return
+        log.error(
+            "a run of %s %s has lasted %.0f s: this process ends",
+            hung.model,
+            hung.version,
+            hung.lasts_s,
+        )
+        try:
+            send_death(self._app, self._reply, self._id, HANG, (hung.model, hung.version))
+        except KombuError as exc:
+            log.warning("that it hung could not be told: %s", exc)
+        self._remove_journal()
+        os._exit(EXIT_HUNG)
 
     def _end_hung(self, hung: Sequence[tuple[Run, InferError]]) -> None:
         """End the process, for a thread cannot be: the supervisor starts a new one.
@@ -255,14 +322,30 @@ class Worker:
         reach("worker.received")
         with self._runs.hold(task) as run:
             self._heartbeat.wake_if_idle()
-            outcomes = self._run(run)
+            outcomes = self._run(run, self._runner.run)
         reach("worker.ran")
         send_outcomes(self._app, task, outcomes)
         reach("worker.sent")
 
-    def _run(self, run: Run) -> list[dict[str, Any]]:
+    def _maintain(self, payload: str) -> None:
+        """Run one update's part that is a worker's."""
+        task: dict[str, Any] = json.loads(payload)
+        with self._runs.hold(task) as run:
+            self._heartbeat.wake_if_idle()
+            outcomes = self._run(run, self._maintainer.run)
+        reach("update.told")
+        send_outcomes(self._app, task, outcomes)
+
+    @cached_property
+    def _maintainer(self) -> "Maintainer":
+        # It brings NumPy and the runtimes' adapters, which a worker of other lanes has anyhow.
+        from worker.maintenance import Maintainer
+
+        return Maintainer(self._settings)
+
+    def _run(self, run: Run, work: Callable[[Run], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         try:
-            return self._runner.run(run)
+            return work(run)
         except Exception:  # the task boundary of style.md
             log.exception("internal_error in task %s", run.task["task"])
             message = "the worker failed; its log has the traceback"

@@ -91,8 +91,22 @@ def _blame(signal: str, records: Sequence[RunRecord], culprit: int | None) -> Se
     ]
 
 
+def find_death(dead: DeadJournal, boot: str, oom: OomCount) -> str | None:
+    """Return the signal that a process of this boot died of; None where nothing shows any."""
+    if dead.boot != boot:
+        return None
+    fatal = _FATAL.search(dead.trace)
+    if fatal is not None:
+        return _SIGNALS.get(fatal[1], fatal[1])
+    return OOM if dead.oom.has_grown_until(oom) else None
+
+
 def report_predecessors(
-    folder: Path, boot: str, oom: OomCount, send: Callable[[Crash], None]
+    folder: Path,
+    boot: str,
+    oom: OomCount,
+    send: Callable[[Crash], None],
+    send_death: Callable[[str, str], None],
 ) -> None:
     """Send what dead predecessors' files are evidence of, then remove the files.
 
@@ -103,6 +117,8 @@ def report_predecessors(
         boot: the machine's present boot.
         oom: the kernel's counters now.
         send: sends one message; what it raises leaves the files for the next start.
+        send_death: sends the name of a process and its signal, where no task is to blame: it
+            answered somebody at once, or nobody knows what it was at.
     """
     for path in _iter_journals(folder):
         with claim_journal(path) as dead:
@@ -111,6 +127,9 @@ def report_predecessors(
                 _log(dead, crashes)
                 for crash in crashes:
                     send(crash)
+                signal = find_death(dead, boot, oom)
+                if signal is not None and not any(crash.counts for crash in crashes):
+                    send_death(path.stem, signal)
                 dead.remove()
     _sweep(folder.parent, boot)
 

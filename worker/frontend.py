@@ -22,6 +22,8 @@ from worker.errors import HttpUnavailableError, WorkerError
 
 if TYPE_CHECKING:
     from worker.engine.engine import Engine
+    from worker.engine.routing import TrafficRouter
+    from worker.engine.shadow import Shadow
     from worker.rest.server import HttpServer
     from worker.rpc.server import GrpcServer
 
@@ -53,11 +55,21 @@ class Frontend:
     Args:
         settings: of the box.
         engine: returns the engine; called in a thread, as building it takes a moment.
+        router: of who answers beside the active version.
+        shadow: sees copies for a candidate.
     """
 
-    def __init__(self, settings: Settings, engine: Callable[[], "Engine"]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Callable[[], "Engine"],
+        router: "TrafficRouter | None" = None,
+        shadow: "Shadow | None" = None,
+    ) -> None:
         self._settings = settings
         self._engine = engine
+        self._router = router
+        self._shadow = shadow
         self._service: EngineService | None = None
         self._servers: list[HttpServer | GrpcServer] = []
         self._lock = threading.Lock()
@@ -98,7 +110,14 @@ class Frontend:
         settings, engine = self._settings, self._engine()
         repository = ModelRepository(settings.models_dir)
         cache = build_cache(settings)
-        service = EngineService(engine, repository, cache=cache, make_key=compute_key)
+        service = EngineService(
+            engine,
+            repository,
+            cache=cache,
+            make_key=compute_key,
+            router=self._router,
+            shadow=self._shadow,
+        )
         registry = build_registry(service)
         registry.register(EngineCollector(engine, cache))
         extras = Extras(

@@ -31,9 +31,12 @@ from agent.tasks import (
     HEARTBEAT_BUSY_S,
     HEARTBEAT_IDLE_S,
     HEARTBEAT_LIFE_S,
+    FiguresBody,
     HeartbeatBody,
+    VersionFigures,
     cancel_key,
     connect_redis,
+    figures_key,
     heartbeat_key,
     lane_queue,
     read_epoch,
@@ -47,6 +50,9 @@ _STALLED_AFTER_S = 5.0
 # Asked to end, a worker that holds nothing needs no longer.
 _END_WITHIN_S = 10.0
 EXIT_HUNG = 70
+
+Watched = Callable[[], tuple[float, list[VersionFigures]] | None]
+"""Returns the process's memory in MB and what watched versions did; None where none is watched."""
 
 
 class StallWatch:
@@ -89,6 +95,7 @@ class Heartbeat(threading.Thread):
         lanes: the lanes it serves.
         runs: the tasks that it runs.
         turned: called on each turn, for the watchdog and the limits of running tasks.
+        watched: returns what versions do that the agent watches.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Heartbeat(threading.Thread):
         lanes: Sequence[Lane],
         runs: Runs,
         turned: Callable[[], None],
+        watched: Watched | None = None,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._queue_url = queue_url
@@ -107,6 +115,7 @@ class Heartbeat(threading.Thread):
         self._lanes = lanes
         self._runs = runs
         self._turned = turned
+        self._watched = watched
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._epoch: str | None = None
@@ -151,13 +160,23 @@ class Heartbeat(threading.Thread):
         self._check_broker(client)
         self._check_consumer(client, len(held))
         self._check_end(held)
-        return bool(held) or self._stall.is_suspicious or self._end_by is not None
+        is_watched = self._tell_figures(client)
+        return bool(held) or is_watched or self._stall.is_suspicious or self._end_by is not None
 
     def _beat(self, client: redis.Redis, held: list[str]) -> None:
         started = [task_id for task_id in held if self._runs.is_started(task_id)]
         body = HeartbeatBody(worker=self._worker_id, slot=self._slot, held=held, started=started)
         life_s = HEARTBEAT_BUSY_LIFE_S if held else HEARTBEAT_LIFE_S
         client.set(heartbeat_key(self._slot), body.model_dump_json(), ex=life_s)
+
+    def _tell_figures(self, client: redis.Redis) -> bool:
+        """Say what watched versions do; say whether there are any."""
+        figures = self._watched() if self._watched is not None else None
+        if figures is None:
+            return False
+        body = FiguresBody(worker=self._worker_id, rss_mb=figures[0], versions=figures[1])
+        client.set(figures_key(self._slot), body.model_dump_json(), ex=HEARTBEAT_LIFE_S)
+        return True
 
     def _look_for_cancels(self, client: redis.Redis) -> None:
         job_ids = self._runs.job_ids()

@@ -16,6 +16,9 @@ from worker.crashes import Crash
 # The broker may be away for a while; the ledger's leases outlast this.
 _RETRY = {"max_retries": 60, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1.0}
 
+HANG = "hang"
+"""In place of a signal: a run that does not end."""
+
 
 def now_ms() -> int:
     """Return wall-clock milliseconds since 1970."""
@@ -91,6 +94,33 @@ def send_crash(app: Celery, crash: Crash) -> None:
         "jobs": [{"id": job_id, "attempt": attempt} for job_id, attempt in crash.jobs],
     }
     _publish(app, record.reply, body, retry=True)
+
+
+def send_death(
+    app: Celery, queue: str, process: str, signal: str, of: tuple[str, str] | None = None
+) -> None:
+    """Tell an agent that a worker process has died, or must, and on which version if that is known.
+
+    Args:
+        app: this process's.
+        queue: the agent's.
+        process: a name that no other process has; a message that comes twice counts once.
+        signal: what it died of.
+        of: model and version.
+
+    Raises:
+        kombu.exceptions.OperationalError: the broker was away for a minute.
+    """
+    model, version = of or ("", None)
+    body: dict[str, Any] = {
+        "kind": CRASH,
+        "task": f"process:{process}",
+        "model": model,
+        "version": version,
+        "signal": signal,
+        "jobs": [],
+    }
+    _publish(app, queue, body, retry=True)
 
 
 def _publish(app: Celery, queue: str, body: dict[str, Any], *, retry: bool) -> None:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from agent.clock import Clock
-from agent.commands import describe, encode, hash_text, new_id
+from agent.commands import UPDATE, describe, encode, hash_text, new_id
 from agent.config import QueueSettings
 from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
 from agent.errors import QuarantinedError
@@ -39,6 +39,7 @@ from agent.tasks import (
     CANCEL_LIFE_S,
     HEARTBEAT_PREFIX,
     INFER_TASK,
+    MAINTAIN_TASK,
     HeartbeatBody,
     cancel_key,
     celery_message,
@@ -77,6 +78,7 @@ class Task:
     task_id: str
     lane: Lane
     payload: str
+    name: str = INFER_TASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,8 @@ class Dispatcher(threading.Thread):
             return Reason(
                 "payload_damaged", "the stored body no longer fits its hash: submit again"
             )
+        if job.handler == UPDATE:
+            return None
         try:
             self._verify_served(job.model, job.version)
         except QuarantinedError as exc:
@@ -244,7 +248,10 @@ class Dispatcher(threading.Thread):
     ) -> list[Task]:
         bundles = [(new_id(), jobs) for jobs in split[:room]]
         self._ledger.schedule.assign(tx, bundles)
-        return [Task(task_id, lane, self._encode(task_id, jobs)) for task_id, jobs in bundles]
+        return [
+            Task(task_id, lane, self._encode(task_id, jobs), _name_task(jobs[0].handler))
+            for task_id, jobs in bundles
+        ]
 
     def _split(self, ready: Sequence[ReadyJob], *, is_fed: bool) -> list[list[ReadyJob]]:
         """Group jobs of one model into bundles.
@@ -258,8 +265,9 @@ class Dispatcher(threading.Thread):
         for job in ready:
             groups.setdefault((job.model, job.version, job.handler), []).append(job)
         bundles: list[list[ReadyJob]] = []
-        for (model, _, _), jobs in groups.items():
-            largest = self._largest_bundle(model)
+        for (model, _, handler), jobs in groups.items():
+            # An update is a task by itself: its bundle would live and die with it.
+            largest = 1 if handler == UPDATE else self._largest_bundle(model)
             size = largest if is_fed else max(1, min(largest, -(-len(jobs) // _SPREAD)))
             cut = _cut(jobs, size, self._limits.bundle_bytes)
             last = cut[-1]
@@ -426,7 +434,7 @@ class Dispatcher(threading.Thread):
         if self._producer is None:
             connection = QueueConnection(self._queue_url, transport_options=transport_options())
             self._producer = Producer(connection.channel(), serializer="json")
-        body, headers = celery_message(INFER_TASK, task.task_id, task.payload)
+        body, headers = celery_message(task.name, task.task_id, task.payload)
         self._producer.publish(
             body,
             routing_key=lane_queue(task.lane),
@@ -559,3 +567,7 @@ def _cut(jobs: Sequence[ReadyJob], size: int, max_bytes: int) -> list[list[Ready
         bundles[-1].append(job)
         room_bytes = 0 if alone else room_bytes - cost
     return bundles
+
+
+def _name_task(handler: str) -> str:
+    return MAINTAIN_TASK if handler == UPDATE else INFER_TASK

@@ -19,6 +19,7 @@ from agent.clock import Clock, parse_at
 from agent.commands import (
     CANCEL,
     HANDLERS,
+    UPDATE,
     Envelope,
     SubmitBody,
     check_type,
@@ -26,6 +27,7 @@ from agent.commands import (
     encode_body,
     hash_text,
     parse_ack,
+    parse_desired,
     parse_submit,
     parse_sync,
 )
@@ -43,6 +45,7 @@ from agent.errors import (
     UnsupportedTypeError,
 )
 from agent.jobs import JobState, Reason, Source
+from agent.lifecycle import Desired
 from agent.store.ledger import EndedJob, Ledger, NewJob, Verdict
 from agent.store.options import pack_options
 from agent.store.retention import Retention, id_time_ms
@@ -59,6 +62,8 @@ log = logging.getLogger(__name__)
 _LOOK_AGAIN_MS = 1000
 # What a sender wrote may come back in a message: not all of it.
 _MESSAGE_CHARS = 512
+UPDATE_TIMEOUT_S = 6 * 3600.0
+"""Longest fetching and staging of an update that says nothing: a large release on a thin line."""
 
 
 @dataclass
@@ -79,6 +84,8 @@ class IntakeResult:
     accepted: int = 0
     replies: list[Callable[[], None]] = field(default_factory=list)
     console: ConsoleNews = field(default_factory=ConsoleNews)
+    desired: list[Desired] = field(default_factory=list)
+    """Documents of what the console wants, in the order of arrival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +211,8 @@ class Intake:
                 self._read_ack(message, result)
             case DocumentAddress("sync"):
                 self._read_sync(message, batch, result)
-            case DocumentAddress(name):
-                msg = f"{name} documents are not understood by this version of the device"
-                raise UnsupportedTypeError(msg)
+            case DocumentAddress(_):
+                self._read_desired(message, result)
             case None:
                 msg = f"{message.topic!r} is no topic of the protocol"
                 raise UnsupportedTypeError(msg)
@@ -216,6 +222,12 @@ class Intake:
 
     def _decode(self, message: Received) -> Envelope:
         return decode_envelope(message.payload, self._settings.limits.payload_bytes)
+
+    def _read_desired(self, message: Received, result: IntakeResult) -> None:
+        if not message.payload:
+            # The console has cleared the retained message: nothing is wanted any more, or yet.
+            return
+        result.desired.append(parse_desired(self._decode(message)))
 
     # --- reconciliation ----------------------------------------------------------------------
 
@@ -283,10 +295,9 @@ class Intake:
             ModelNotFoundError: the repository has no active version of the model.
             QuarantinedError: the version is not served for its crashes.
         """
-        if not self._is_model_known(body.model):
-            msg = f"no model {body.model!r} is active here: add it with `edgeward models add`"
-            raise ModelNotFoundError(msg)
-        self._verify_served(body.model, body.version)
+        is_update = body.handler == UPDATE
+        if not is_update:
+            self._verify_known(body)
         limits = self._settings.limits
         # No job comes before it was made. A box that wakes up in 1970 would otherwise place
         # `not_before` decades ahead on its boot clock, and leave it there when it has the time.
@@ -318,11 +329,24 @@ class Intake:
             expires_boot_ms=None if left_ms is None else int(boot_ms + left_ms),
             max_attempts=body.max_attempts or limits.max_attempts,
             on_interrupt=body.on_interrupt,
-            run_timeout_s=body.run_timeout_s or limits.run_timeout_s,
+            run_timeout_s=body.run_timeout_s
+            or (UPDATE_TIMEOUT_S if is_update else limits.run_timeout_s),
             dedupe_key=body.dedupe_key,
             dedupe=body.dedupe,
             options=pack_options(body),
         )
+
+    def _verify_known(self, body: SubmitBody) -> None:
+        """Refuse a job of a model that nobody can run.
+
+        Raises:
+            ModelNotFoundError: the repository has no active version of the model.
+            QuarantinedError: the version is not served for its crashes.
+        """
+        if not self._is_model_known(body.model):
+            msg = f"no model {body.model!r} is active here: add it with `edgeward models add`"
+            raise ModelNotFoundError(msg)
+        self._verify_served(body.model, body.version)
 
     def _is_model_known(self, model: str) -> bool:
         """Look at the disk at most once a second for each model that is there."""

@@ -1,6 +1,6 @@
 """What the daemon's threads say to the writer: one small immutable class each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agent.jobs import Source
-from agent.store.ledger import CrashReport, NewJob, Outcome
+from agent.store.ledger import CrashReport, EndedJob, NewJob, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,14 @@ class Call:
 
     run: Callable[[Connection], Any]
     future: "Future[Any]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a `Call` returns that has ended jobs."""
+
+    jobs: Sequence[EndedJob]
+    value: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,22 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agent.clock import Clock, SystemClock, format_ms
-from agent.commands import encode
+from agent.commands import (
+    SUBMIT,
+    UPDATE,
+    Envelope,
+    encode,
+    encode_body,
+    new_id,
+    parse_submit,
+)
 from agent.config import Settings
 from agent.daemon.dispatch import Dispatcher
+from agent.daemon.figures import FigureReader
 from agent.daemon.guard import Guard
 from agent.daemon.inbox import Inbox
 from agent.daemon.intake import Intake
-from agent.daemon.messages import Call, Message, SyncDue, Wake
+from agent.daemon.messages import Call, Message, Spooled, SyncDue, Wake
 from agent.daemon.metrics import AgentCollector, JobTimes, MetricsServer
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.opening import open_ledger, report_recovery
@@ -36,10 +45,13 @@ from agent.daemon.outcomes import OutcomeConsumer
 from agent.daemon.presence import PROTOCOL_VERSIONS, Presence
 from agent.daemon.reporter import Reporter
 from agent.daemon.storage import Storage
+from agent.daemon.updater import Updater
 from agent.daemon.writer import Writer
 from agent.errors import MetricsError, StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.fileio import write_atomic
+from agent.jobs import Source
+from agent.lifecycle import DesiredModel
 from agent.platformfile import find_platform, load_platform
 from agent.repository import ModelRepository
 from agent.sdnotify import notify, watchdog_period_s
@@ -144,12 +156,27 @@ class Agent:
             self._guard.verify,
             self._presence.answer,
         )
+        self._updater = Updater(
+            settings,
+            self._clock,
+            ledger,
+            self._repository,
+            self._writer.call,
+            FigureReader(settings.queue_url).read,
+            self._view_box,
+            self._submit_update,
+        )
         self._intake.unread = self._session.take_unread
         self._writer.seen_ms = self._retention.seen_ms
         self._session.watch_mailbox(self._mailbox.qsize)
         self._inbox = Inbox(settings, self._clock, self._intake.build_job, self._read_jobs, post)
         self._writer.attach(
-            self._session, self._intake, self._dispatcher, self._reporter, self._presence
+            self._session,
+            self._intake,
+            self._dispatcher,
+            self._reporter,
+            self._presence,
+            self._updater,
         )
 
     def _build_writer(self) -> Writer:
@@ -203,6 +230,7 @@ class Agent:
             self._session.start()
         self._dispatcher.start()
         self._outcomes.start()
+        self._updater.start()
         if self._settings.inbox.enabled:
             self._inbox.start()
         threading.Thread(target=self._look_at_box, name="detect", daemon=True).start()
@@ -236,6 +264,7 @@ class Agent:
         self._ledger.schedule.begin(tx)
         self._retention.begin(tx)
         self._guard.update(read_quarantine(tx))
+        self._updater.begin(tx)
         tasks = self._ledger.find_tasks(tx)
         self._dispatcher.adopt((task_id, lane) for task_id, (lane, _, _) in tasks.items())
         self._writer.open_jobs = sum(self._ledger.count_open(tx).values())
@@ -249,6 +278,7 @@ class Agent:
             self._metrics.close()
         if self._settings.inbox.enabled and self._inbox.is_alive():
             self._inbox.stop()
+        self._updater.stop()
         self._drain_reports()
         if self._settings.mqtt.enabled:
             self._session.stop(self._presence.status("stopped", self._session.conn))
@@ -323,6 +353,7 @@ class Agent:
             "writer": lambda: self._writer.turns,
             "dispatch": lambda: self._dispatcher.turns,
             "outcomes": lambda: self._outcomes.turns,
+            "updater": lambda: self._updater.turns,
         }
         if self._settings.inbox.enabled:
             loops["inbox"] = lambda: self._inbox.turns
@@ -355,10 +386,10 @@ class Agent:
                 self._mailbox.put(SyncDue())
             if is_ready:
                 was_busy = self._release_after(was_busy)
+                self._report_models()
             if is_ready and now >= next_status:
                 next_status = now + _STATUS_S
                 self._write_status()
-                self._report_models()
             if now >= next_keeping:
                 next_keeping = now + _HOUSEKEEPING_S
                 self._forget_old()
@@ -382,10 +413,11 @@ class Agent:
 
     def _report_models(self) -> None:
         """Publish `reported` again when the repository's links have changed."""
-        stamp = tuple(
+        links = (
             (path.parent.name, path.lstat().st_mtime_ns)
             for path in sorted(self._settings.models_dir.glob("*/current"))
         )
+        stamp = (self._updater.stamp, *links)
         if stamp != self._models_stamp:
             self._models_stamp = stamp
             self._presence.publish_reported()
@@ -431,6 +463,26 @@ class Agent:
         if self._settings.inbox.enabled:
             self._inbox.notify_ended(ended)
 
+    def _submit_update(self, model: str, wanted: DesiredModel) -> str:
+        """Put an update job into the ledger, as if a console had sent it; return its id."""
+        job_id = new_id()
+        params = wanted.model_dump(
+            mode="json", exclude_defaults=True, exclude={"release", "traffic"}
+        )
+        body = {
+            "handler": UPDATE,
+            "job_id": job_id,
+            "model": model,
+            "version": wanted.release,
+            "params": params,
+        }
+        envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
+        text = encode_body(body)
+        submit = parse_submit(envelope, job_id)
+        job = self._intake.build_job(envelope, submit, job_id, text, Source.LOCAL)
+        self._mailbox.put(Spooled(Source.LOCAL, job=job))
+        return job_id
+
     def _read_jobs(self, job_ids: Any) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = self._writer.call(
             lambda tx: self._ledger.find_jobs(tx, job_ids)
@@ -467,7 +519,7 @@ class Agent:
                 "previous": previous and {"version": previous.number, "release": previous.release},
                 "versions": [item.number for item in versions],
             }
-        return {"models": models, "status": "in_sync"}
+        return self._updater.describe(models)
 
     def _measure(self) -> Mapping[str, Any]:
         """Return the heartbeat's body."""

@@ -28,6 +28,7 @@ from agent.daemon.messages import (
     Call,
     Connected,
     Disconnected,
+    Ended,
     JobProgress,
     Message,
     Received,
@@ -43,6 +44,7 @@ from agent.daemon.mqtt import MqttSession
 from agent.daemon.presence import Presence
 from agent.daemon.reporter import Reporter, Selected
 from agent.daemon.storage import Storage
+from agent.daemon.updater import Updater
 from agent.errors import StorageFullError, StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.jobs import Reason
@@ -186,6 +188,7 @@ class Writer(threading.Thread):
         dispatcher: Dispatcher,
         reporter: Reporter,
         presence: Presence,
+        updater: Updater,
     ) -> None:
         """Connect the parts that work inside a turn; before `start`."""
         self._session = session
@@ -193,6 +196,7 @@ class Writer(threading.Thread):
         self._dispatcher = dispatcher
         self._reporter = reporter
         self._presence = presence
+        self._updater = updater
 
     def call(self, run: Callable[[Connection], Any], timeout_s: float = 30.0) -> Any:
         """Run something inside the next transaction and return its result.
@@ -334,7 +338,11 @@ class Writer(threading.Thread):
     def _write(self, tx: Connection, batch: _Batch, *, is_low: bool) -> _Effects:
         effects = _Effects()
         for request in batch.calls:
-            effects.answers.append((request.future, request.run(tx)))
+            value = request.run(tx)
+            if isinstance(value, Ended):
+                effects.ended += value.jobs
+                value = value.value
+            effects.answers.append((request.future, value))
         self._follow_connections(tx, batch, effects)
         acked = self._reporter.acknowledge(tx, batch.acks)
         self._write_progress(tx, batch, effects)
@@ -345,6 +353,8 @@ class Writer(threading.Thread):
             reach("intake.written")
         effects.ended += effects.intake.ended
         self._reporter.hear(tx, effects.intake.console)
+        for desired in effects.intake.desired:
+            self._updater.want(tx, desired)
         effects.ended += self._ledger.schedule.expire(tx)
         effects.dispatched = self._dispatcher.select(tx)
         if effects.dispatched.tasks:
@@ -376,6 +386,7 @@ class Writer(threading.Thread):
         if batch.syncs or any(isinstance(item, Connected) for item in batch.connections):
             effects.sync = self._ledger.describe_open(tx)
             effects.sync["outbox_depth"] = count_records(tx)
+            effects.sync.update(self._updater.describe_followed())
 
     def _write_progress(self, tx: Connection, batch: _Batch, effects: _Effects) -> None:
         started = [task_id for item in batch.started for task_id in item.task_ids]
@@ -383,6 +394,8 @@ class Writer(threading.Thread):
             self._ledger.record_started(tx, started)
         outcomes = [outcome for task in batch.outcomes for outcome in task.outcomes]
         if outcomes:
+            outcomes, ended = self._updater.take(tx, outcomes)
+            effects.ended += ended
             effects.ended += self._ledger.record_outcomes(tx, outcomes)
             reach("outcome.written")
         for crashed in batch.crashes:
@@ -407,6 +420,7 @@ class Writer(threading.Thread):
         self._dispatcher.send(effects.dispatched.tasks)
         if effects.blocked is not None:
             self._on_quarantine(effects.blocked)
+        self._updater.settle([item.report for item in batch.crashes])
         for future, value in effects.answers:
             future.set_result(value)
         for effect in self._list_effects(batch, effects):

@@ -30,7 +30,7 @@ from agent.store import tables  # noqa: F401 (its classes are the schema)
 
 log = logging.getLogger(__name__)
 
-HEAD_REVISION = "0002"
+HEAD_REVISION = "0003"
 _BUSY_TIMEOUT_MS = 10_000
 # 16 MiB: the WAL is cut back to this after a checkpoint, so a burst does not keep the disk.
 _JOURNAL_LIMIT_BYTES = 16 << 20

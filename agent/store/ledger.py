@@ -424,6 +424,51 @@ class Ledger:
             bounds.drop_new(tx, self._topics, dropped, self._clock.wall_ms())
         return ended
 
+    def hold(self, tx: Connection, outcome: Outcome) -> Row | None:
+        """Take an outcome that does not end its job: it runs on, and no task carries it.
+
+        Returns:
+            The job's row; None where the attempt is not current, or the job has ended.
+        """
+        for row in read_jobs(tx, [outcome.job_id]):
+            if row["state"] in ENDS or row["attempt"] != outcome.attempt or row["task_id"] is None:
+                continue
+            changes = Changes(self._topics)
+            row["task_id"] = None
+            if row["state"] == JobState.QUEUED:
+                changes.move(row, JobState.RUNNING, None, outcome.started_ms)
+            else:
+                changes.jobs.append(row)
+            changes.write(tx)
+            return row
+        return None
+
+    def finish(
+        self,
+        tx: Connection,
+        job_id: str,
+        state: JobState,
+        reason: Reason,
+        result: dict[str, Any] | None = None,
+    ) -> list[EndedJob]:
+        """End a job that `hold` has kept running; one that has ended stays as it is."""
+        now_ms = self._clock.wall_ms()
+        changes = Changes(self._topics)
+        for row in read_jobs(tx, [job_id]):
+            if row["state"] in ENDS:
+                continue
+            if result is not None:
+                started_ms = row["started_ms"] or now_ms
+                outcome = Outcome(job_id, row["attempt"], state, reason, started_ms, now_ms, result)
+                changes.results.append(self._build_result(row, outcome))
+            for step in path_to(JobState(row["state"]), state):
+                changes.move(row, step, reason if step is state else None, now_ms)
+        return changes.write(tx)
+
+    def find_open(self, tx: Connection, job_ids: Collection[str]) -> set[str]:
+        """Return which of these jobs have not ended."""
+        return {row["job_id"] for row in read_jobs(tx, job_ids) if row["state"] not in ENDS}
+
     def _try_again(self, changes: Changes, row: Row, outcome: Outcome) -> bool:
         """Queue a job again after an error worth it; say whether there is another attempt."""
         options = read_options(row["options"])

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from agent.commands import SubmitBody, encode
+from agent.commands import UPDATE, SubmitBody, encode
 from agent.window import Window
 
 
@@ -28,7 +28,8 @@ def pack_options(body: SubmitBody) -> str | None:
         retry_delay_s=body.retry_delay_s,
         progress_timeout_s=body.progress_timeout_s,
         on_full=body.on_full,
-        window=body.window,
+        # An update is fetched and staged at any time: its window is for the activation.
+        window=None if body.handler == UPDATE else body.window,
     )
     return None if options == DEFAULT_OPTIONS else encode(options.model_dump(exclude_none=True))
 

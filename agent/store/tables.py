@@ -188,3 +188,61 @@ class Quarantine(SQLModel, table=True):
     version: str = Field(primary_key=True)
     reason: str
     since_ms: int
+
+
+class Deployment(SQLModel, table=True):
+    """A new version of a model on its way to be the active one; at most one a model."""
+
+    __tablename__ = "deployments"
+
+    model: str = Field(primary_key=True)
+    job_id: str = Field(unique=True)
+    """The update job that asked for it, running until this ends."""
+    release: str
+    number: int
+    """Of the new version in the repository."""
+    digest: str
+    """Sha256 of its manifest."""
+    previous: int | None = None
+    """The version that is active until the switch, and again after a rollback."""
+    older: int | None = None
+    """What was `previous` before."""
+    phase: str
+    """`agent.lifecycle.Phase`; what is committed here happens next, and is harmless twice."""
+    step: int = 0
+    """Of a canary: which share."""
+    params: str
+    """JSON: `agent.lifecycle.UpdateParams`."""
+    boot_id: str
+    """The machine's boot in which the phase began."""
+    since_ms: int
+    since_boot_ms: int
+    detail: str = "{}"
+    """JSON: what the phase stands on, such as the previous version's latency."""
+
+
+class ModelState(SQLModel, table=True):
+    """How the last update of a model ended, for `reported`."""
+
+    __tablename__ = "model_states"
+
+    model: str = Field(primary_key=True)
+    status: str
+    release: str
+    code: str
+    message: str
+    at_ms: int
+    detail: str = "{}"
+
+
+class BadVersion(SQLModel, table=True):
+    """A version that failed on this box: not tried again unless somebody forces it."""
+
+    __tablename__ = "bad_versions"
+
+    digest: str = Field(primary_key=True)
+    model: str
+    release: str
+    code: str
+    reason: str
+    since_ms: int

@@ -21,6 +21,7 @@ from agent.repository import ModelRepository
 from agent.store.database import open_reader
 from agent.topics import Topics
 from benchmarks.tiny_model import write_tiny_model
+from console.up import AGENT_ENVIRONMENT
 from tests.harness.brokers import MqttProcess, QueueProcess
 from tests.harness.known_box import seed_platform
 from tests.harness.waiting import wait_until
@@ -169,7 +170,10 @@ class Box:
         commands: dict[str, Sequence[str]] = {
             "agent": ["agent"],
             "worker": ["worker", "--lane", "inference", "--lane", "batch"],
+            "maintenance": ["worker", "--lane", "maintenance", "--slot", f"{DEVICE}/maintenance"],
         }
+        if name == "agent":
+            environment = {**AGENT_ENVIRONMENT, **environment}
         with self._log.open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*self.launcher, *commands[name]],

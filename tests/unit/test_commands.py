@@ -139,6 +139,7 @@ def test_submit_without_options_has_the_documented_defaults() -> None:
         "dedupe": "drop_new",
         "on_full": "keep_newest",
         "window": None,
+        "key": None,
     }
 
 
@@ -160,6 +161,7 @@ def test_submit_with_every_option_is_read() -> None:
         JOB_ID,
     )
     assert (body.lane, body.priority, body.version) == (Lane.MAINTENANCE, 9, "2.0.0")
+    assert body.input is not None
     assert (body.input.file, body.on_interrupt, body.max_attempts) == ("digits/a.png", "fail", 1)
 
 

@@ -27,6 +27,10 @@ from console.errors import (
     PublishMissingError,
     ReleaseExistsError,
     ReleaseRepositoryError,
+    RolloutBusyError,
+    RolloutNotFoundError,
+    RolloutOrderError,
+    RolloutPlanError,
     SigningKeyError,
     WaitTimedOutError,
 )
@@ -38,10 +42,12 @@ from worker.errors import BadImageError, ReleaseUnknownError, WorkerError
 EXPECTED: dict[type[Exception], int] = {
     ConfigError: 2,
     BaselineMismatchError: 2,
+    RolloutPlanError: 2,
     ModelNotFoundError: 3,
     VersionNotFoundError: 3,
     InputNotFoundError: 3,
     JobNotFoundError: 3,
+    RolloutNotFoundError: 3,
     BrokerUnavailableError: 4,
     BrokerMissingError: 4,
     WaitTimedOutError: 6,
@@ -49,6 +55,7 @@ EXPECTED: dict[type[Exception], int] = {
     AlreadyUpError: 8,
     AlreadyListeningError: 8,
     RepositoryBusyError: 8,
+    RolloutBusyError: 8,
     AgentError: 1,
     PlatformError: 1,
     WorkerError: 1,
@@ -68,6 +75,7 @@ EXPECTED: dict[type[Exception], int] = {
     ReleaseExistsError: 1,
     SigningKeyError: 1,
     ReleaseUnknownError: 3,
+    RolloutOrderError: 1,
 }
 
 

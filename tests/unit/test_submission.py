@@ -31,6 +31,7 @@ def test_largest_inline_file_still_fits_into_a_payload(tmp_path: Path) -> None:
     wanted = Wanted("m" * 64, version="v" * 64, lane="maintenance", priority=9)
     command = build_submit(wanted, read_input(path))
     body = read_back(command.payload, command.job_id)
+    assert body.input is not None
     assert base64.b64decode(body.input.data_b64 or "") == path.read_bytes()
     assert (body.model, body.version, body.lane, body.priority) == (
         "m" * 64,

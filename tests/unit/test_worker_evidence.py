@@ -46,6 +46,9 @@ class Predecessor:
     def refuse(self, crash: Crash) -> None:
         pytest.fail(f"told of {crash}")
 
+    def refuse_death(self, process: str, signal: str) -> None:
+        pytest.fail(f"told of {process}: {signal}")
+
     def die(self, trace: str = "") -> None:
         self.journal.trace.write(
             trace.format(thread=threading.get_ident(), other=threading.get_ident() + 1).encode()
@@ -56,7 +59,12 @@ class Predecessor:
 
     def report(self, oom: OomCount = NOTHING, boot: str = BOOT) -> list[Crash]:
         sent: list[Crash] = []
-        report_predecessors(self.folder, boot, oom, sent.append)
+        self.deaths: list[tuple[str, str]] = []
+
+        def note(process: str, signal: str) -> None:
+            self.deaths.append((process, signal))
+
+        report_predecessors(self.folder, boot, oom, sent.append, note)
         return sent
 
 
@@ -156,6 +164,29 @@ def test_counters_are_read_from_the_kernel_s_files(tmp_path: Path) -> None:
     assert count == OomCount(-1, group.stat().st_ino, 2)
 
 
+def test_death_that_no_task_is_to_blame_for_is_told_by_the_process_s_name(
+    dead: Predecessor,
+) -> None:
+    # It answered somebody at once: the journal knows of tasks only.
+    dead.die(OURS)
+    assert dead.report() == []
+    assert dead.deaths == [(dead.journal.path.stem, "SIGBUS")]
+    assert not list(dead.folder.iterdir())
+
+
+def test_death_that_a_task_is_to_blame_for_is_told_once(dead: Predecessor) -> None:
+    dead.run("a", at_work="a")
+    dead.die(OURS)
+    assert len(dead.report()) == 1
+    assert dead.deaths == []
+
+
+def test_death_without_evidence_is_not_told(dead: Predecessor) -> None:
+    dead.die()
+    assert dead.report() == []
+    assert dead.deaths == []
+
+
 def test_files_of_another_boot_are_removed_and_tell_nothing(tmp_path: Path) -> None:
     dead = Predecessor(tmp_path, boot="boot-0")
     dead.run("a", at_work="a")
@@ -169,9 +200,9 @@ def test_files_of_another_slot_go_only_after_a_boot(tmp_path: Path) -> None:
     dead.run("a", at_work="a")
     dead.die(OURS)
     other = slot_folder(tmp_path, "box/batch")
-    report_predecessors(other, BOOT, NOTHING, dead.refuse)
+    report_predecessors(other, BOOT, NOTHING, dead.refuse, dead.refuse_death)
     assert len(list(dead.folder.iterdir())) == 2
-    report_predecessors(other, "boot-2", NOTHING, dead.refuse)
+    report_predecessors(other, "boot-2", NOTHING, dead.refuse, dead.refuse_death)
     assert not list(dead.folder.iterdir())
 
 
@@ -183,7 +214,7 @@ def test_files_stay_until_the_message_is_sent(dead: Predecessor) -> None:
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        report_predecessors(dead.folder, BOOT, NOTHING, fail)
+        report_predecessors(dead.folder, BOOT, NOTHING, fail, dead.refuse_death)
     assert [crash.jobs for crash in dead.report()] == [(("a", 2),)]
 
 

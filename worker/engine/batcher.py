@@ -30,7 +30,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from threading import Condition, Event, Lock
+from threading import Condition, Event, Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,8 @@ class Batcher:
         self._waiting_by: defaultdict[int, int] = defaultdict(int)
         self._arrivals = 0
         self._delaying = 0
+        self.running: dict[int, float] = {}
+        """When each thread that runs the model just now began, monotonic; by its id."""
 
     # --- what anyone may ask --------------------------------------------------------------
 
@@ -191,6 +193,11 @@ class Batcher:
     def busy(self) -> int:
         """Instances that run now."""
         return self._busy
+
+    def find_oldest_run_s(self) -> float:
+        """Return how long the run lasts that has been going on longest; 0 where none is."""
+        began = min(tuple(self.running.values()), default=None)
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def max_rows(self) -> int:
@@ -233,9 +240,12 @@ class Batcher:
         """
         if not self.try_acquire():
             self.wait(priority, stop)
+        thread = get_ident()
+        self.running[thread] = time.monotonic()
         try:
             yield
         finally:
+            self.running.pop(thread, None)
             self.release()
 
     def wait(self, priority: int = 0, stop: RunStop | None = None) -> None:
@@ -527,6 +537,8 @@ class Batcher:
         """Run requests together, and one by one where that fails; tell each its answer."""
         batch = items[0].batch
         stop = batch.stop if batch is not None else None
+        thread = get_ident()
+        self.running[thread] = time.monotonic()
         try:
             rows = [item.rows for item in items] if self.options.is_batchable else None
             parts = [item.inputs for item in items]
@@ -539,6 +551,8 @@ class Batcher:
             else:
                 self._fail(items[0], exc)
             return
+        finally:
+            self.running.pop(thread, None)
         now = time.perf_counter_ns()
         wanted = [item for item in items if not item.is_gone]
         self.stats.add_run(

@@ -17,14 +17,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, TypeVar
 
 import numpy as np
 
 from agent.errors import AgentError
 from agent.manifest import read_manifest
-from platforms.errors import PlatformError
+from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
 from platforms.runtimes.registry import get_runtime
 from platforms.spec import PlatformSpec
@@ -64,6 +64,9 @@ _BATCH_THREADS_MAX = 64
 _log = logging.getLogger(__name__)
 
 _ENCODE = TensorOutput()
+
+_MODEL_FAULTS = frozenset({NanOutputError.code, OutputError.code})
+"""A run that came back with what no client has asked for."""
 
 Result = TypeVar("Result")
 
@@ -136,6 +139,9 @@ def plan_options(instances: int, costs: CostCurve | None, *, is_batchable: bool)
     )
 
 
+Observe = Callable[[Mapping[str, Array], Mapping[str, Array]], None]
+"""Sees inputs and outputs of one request that was answered; quick, raises nothing."""
+
 Configure = Callable[[LoadedModel, BatchOptions], BatchOptions]
 WarmUp = Callable[[LoadedModel], None]
 
@@ -148,6 +154,7 @@ class _Call:
     batcher: Batcher
     control: RunControl
     priority: int
+    observe: Observe | None
 
 
 class Engine:
@@ -275,6 +282,12 @@ class Engine:
             options = self._configure(model, options)
         return ServedModel(key, Batcher(options, self._pool, stats), costs)
 
+    def get_stats(self, key: ModelKey) -> StatsCounter:
+        """Return the counters of a version, loaded or not."""
+        name = (key.name, key.version)
+        with self._lock:
+            return self._stats.setdefault(name, StatsCounter(*name))
+
     def get_served(self, key: ModelKey, model: LoadedModel) -> ServedModel:
         """Return what there is of a version that is loaded; it outlives the loaded model."""
         return self._served.get(key) or self._keep_served(key, model, None)
@@ -309,6 +322,7 @@ class Engine:
         requests: Sequence[InferRequest],
         control: RunControl | None = None,
         priority: int = 0,
+        observe: Observe | None = None,
     ) -> list[InferOutcome]:
         """Run `requests` on the model version in `folder`; one outcome each, in order.
 
@@ -321,12 +335,13 @@ class Engine:
             requests: of any number.
             control: to see and stop them by.
             priority: of their runs, among all who want the model; 0 stands for the default.
+            observe: sees every request that the model has answered.
         """
         control = control or RunControl()
         control.enter((request.job_id for request in requests), is_loading=True)
         outcomes = [InferOutcome(request.job_id) for request in requests]
         key = ModelKey.from_folder(folder)
-        call = _attempt(str(folder), self._open, key, control, priority)
+        call = _attempt(str(folder), self._open, key, (control, priority, observe))
         if isinstance(call, InferError):
             for outcome in outcomes:
                 outcome.error = call
@@ -337,9 +352,9 @@ class Engine:
                 _run_group(call, batch)
         return outcomes
 
-    def _open(self, key: ModelKey, control: RunControl, priority: int) -> _Call:
+    def _open(self, key: ModelKey, of: tuple[RunControl, int, Observe | None]) -> _Call:
         model = self.load_key(key)
-        return _Call(model, self.get_served(key, model).batcher, control, priority)
+        return _Call(model, self.get_served(key, model).batcher, *of)
 
 
 def _prepare(
@@ -426,7 +441,9 @@ def _run_group(call: _Call, group: Sequence[_Pending]) -> None:
         if not call.model.is_built_in:
             # A user's own step may crash or hang on one of them; ours are a few NumPy calls.
             call.control.enter_alone(item.request.job_id)
-        _finish(call.model, item, outputs, is_clean)
+        _finish(call, item, outputs, is_clean)
+        if call.observe is not None and item.outcome.error is None:
+            call.observe(item.inputs, outputs)
 
 
 def _share_time(group: Sequence[_Pending], infer_ms: float) -> None:
@@ -443,6 +460,8 @@ def _run_in_turn(call: _Call, group: Sequence[_Pending]) -> tuple[list[Outputs],
         call.control.enter(ids, is_loading=True)
         call.batcher.wait(call.priority, call.control.begin())
     waited_ns = time.perf_counter_ns() - began
+    thread = get_ident()
+    call.batcher.running[thread] = time.monotonic()
     try:
         call.control.enter(ids)
         is_countable = call.model.is_batchable and all(item.is_even for item in group)
@@ -456,6 +475,7 @@ def _run_in_turn(call: _Call, group: Sequence[_Pending]) -> tuple[list[Outputs],
             limit=call.batcher.row_limit,
         )
     finally:
+        call.batcher.running.pop(thread, None)
         call.batcher.release()
     total_ns = (time.perf_counter_ns() - began) * len(group)
     rows = sum(item.rows for item in group)
@@ -486,19 +506,20 @@ def _run_rest(call: _Call, group: Sequence[_Pending], error: InferError) -> None
     else:
         group[0].outcome.error = error
         spent_ns = int(1e6 * group[0].outcome.infer_ms)
-        call.batcher.stats.add_failure(FailReason.BACKEND, spent_ns)
+        reason = FailReason.OTHER if error.code == TensorError.code else FailReason.BACKEND
+        call.batcher.stats.add_failure(reason, spent_ns)
 
 
-def _finish(
-    model: LoadedModel, item: _Pending, outputs: Mapping[str, Array], is_clean: bool
-) -> None:
+def _finish(call: _Call, item: _Pending, outputs: Mapping[str, Array], is_clean: bool) -> None:
     started = time.perf_counter()
     value = _attempt(
-        item.request.job_id, _postprocess, model, outputs, item.request.params, is_clean
+        item.request.job_id, _postprocess, call.model, outputs, item.request.params, is_clean
     )
     item.outcome.post_ms = 1000 * (time.perf_counter() - started)
     if isinstance(value, InferError):
         item.outcome.error = value
+        if value.code in _MODEL_FAULTS:
+            call.batcher.stats.add_failure(FailReason.BACKEND)
     else:
         item.outcome.value = value
 

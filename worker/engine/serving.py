@@ -21,12 +21,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Protocol
 from weakref import ref
 
 from agent.errors import AgentError, VersionNotFoundError
 from agent.repository import ModelRepository, ModelVersion
+from agent.traffic import Traffic
 from platforms.artifact import TensorSpec
 from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
@@ -35,6 +36,7 @@ from worker.engine.configured import describe, read_version_choice
 from worker.engine.costs import ROWS_MAX
 from worker.engine.engine import Engine, ServedModel
 from worker.engine.modelconfig.serving import VersionChoice
+from worker.engine.routing import TrafficRouter
 from worker.engine.service import (
     INLINE_S,
     IndexEntry,
@@ -45,8 +47,15 @@ from worker.engine.service import (
     TensorResponse,
 )
 from worker.engine.sessions import LoadedModel, ModelKey
+from worker.engine.shadow import Shadow
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
-from worker.errors import ModelConfigError, ModelUnavailableError, WorkerError
+from worker.errors import (
+    ModelConfigError,
+    ModelUnavailableError,
+    RequestRejectedError,
+    RequestTimeoutError,
+    WorkerError,
+)
 from worker.processing.classify import TopK
 
 WATCH_S = 0.5
@@ -62,9 +71,15 @@ _STEADY_S = 5.0
 # A version that does not load is tried again after so long, and not for each request.
 _RETRY_S = 5.0
 _LOADS_AT_A_TIME = 2
+# Requests between their two looks; those that nobody awaited are forgotten.
+_CHOSEN_MAX = 4096
 
 _PLATFORMS = {"ort": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 """Triton's word for a runtime of ours, where it is not the same."""
+
+_FAILURES = (PlatformError, WorkerError, AgentError)
+# Another version would do no better.
+_NOBODYS_FAULTS = (TensorError, RequestRejectedError, RequestTimeoutError)
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +118,14 @@ class _Route:
     """Of the session cache when that was found."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Which version answers a request; None stands for the active one."""
+
+    version: str | None
+    fallback: str | None
+
+
 @dataclass(slots=True)
 class _Found:
     """A loaded version, for the length of a request."""
@@ -123,6 +146,8 @@ class EngineService:
         repository: of which models there are, and which version is active.
         cache: of answers, of models whose options ask for it; None for none.
         make_key: of the cache.
+        router: of who answers beside the active version; None: nobody does.
+        shadow: sees copies for a candidate; None: none are made.
     """
 
     def __init__(
@@ -132,17 +157,23 @@ class EngineService:
         *,
         cache: ResponseCacheLike | None = None,
         make_key: MakeKey | None = None,
+        router: TrafficRouter | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         self._engine = engine
         self._repository = repository
         self._cache = cache
         self._make_key = make_key
+        self._router = router
+        self._shadow = shadow
         self._routes: dict[tuple[str, str | None], _Route] = {}
         self._inline_rows: dict[ModelKey, int] = {}
         self._loads: dict[ModelKey, Future[LoadedModel]] = {}
         self._failures: dict[ModelKey, tuple[float, str]] = {}
         self._choices: dict[ModelKey, VersionChoice] = {}
         self._unloaded: set[str] = set()
+        self._chosen: dict[int, _Way] = {}
+        """By the request's id, from `infer_inline` to `infer`."""
         self._lock = Lock()
         self._loader = ThreadPoolExecutor(_LOADS_AT_A_TIME, thread_name_prefix="edgeward-load")
         self._is_closed = False
@@ -182,7 +213,27 @@ class EngineService:
         Raises:
             As `infer`.
         """
-        found = self._find(request.model, request.version)
+        traffic = self._find_traffic(request)
+        if traffic is None:
+            return self._infer_inline(request, request.version)
+        way = self._route(traffic, request)
+        try:
+            response = self._infer_inline(request, way.version)
+        except _FAILURES as exc:
+            if way.version == way.fallback or isinstance(exc, TensorError):
+                raise
+            return self._infer_inline(request, way.fallback)
+        if response is not None:
+            self._show_shadow(traffic, request, response)
+        else:
+            # `infer` follows, and must not choose again: that would be another version's turn.
+            self._chosen[id(request)] = way
+            if len(self._chosen) > _CHOSEN_MAX:
+                self._chosen.clear()
+        return response
+
+    def _infer_inline(self, request: TensorRequest, version: str | None) -> TensorResponse | None:
+        found = self._find(request.model, version)
         if found is None or self._is_cached(found):
             return None
         rows, batcher = _guess_rows(request.inputs), found.served.batcher
@@ -190,6 +241,8 @@ class EngineService:
         if not 0 < rows <= limit or not batcher.try_acquire(is_idle=True):
             return None
         began = time.perf_counter_ns()
+        thread = get_ident()
+        batcher.running[thread] = time.monotonic()
         try:
             if request.outputs or len(request.inputs) > 1 or batcher.options.request_rows_max:
                 _verify(found, request)
@@ -198,6 +251,7 @@ class EngineService:
             self._count_failure(found, exc, began)
             raise
         finally:
+            batcher.running.pop(thread, None)
             batcher.release()
         spent_ns = time.perf_counter_ns() - began
         rows = rows if found.model.is_batchable else 1
@@ -217,9 +271,58 @@ class EngineService:
             RequestTimeoutError: it waited too long.
             PlatformError, WorkerError: the run failed.
         """
-        found = self._find(request.model, request.version)
+        traffic = self._find_traffic(request)
+        if traffic is None:
+            return await self._infer(request, request.version)
+        way = self._chosen.pop(id(request), None) or self._route(traffic, request)
+        try:
+            response = await self._infer(request, way.version)
+        except _FAILURES as exc:
+            if way.version == way.fallback or isinstance(exc, _NOBODYS_FAULTS):
+                raise
+            # Whoever asked is no test subject: a version that works answers instead.
+            return await self._infer(request, way.fallback)
+        self._show_shadow(traffic, request, response)
+        return response
+
+    def _find_traffic(self, request: TensorRequest) -> Traffic | None:
+        if self._router is None or request.version is not None:
+            return None
+        return self._router.find(request.model)
+
+    def _route(self, traffic: Traffic, request: TensorRequest) -> _Way:
+        """Return the version that answers, and the one that does where that fails."""
+        router = self._router
+        version = router.choose(traffic, request.model, request.key) if router else None
+        if version is not None:
+            # Nobody waits for a candidate to load: the active version is there.
+            return _Way(version if self._is_at_hand(request.model, version) else None, None)
+        return _Way(None, None if traffic.fallback is None else str(traffic.fallback))
+
+    def _is_at_hand(self, model: str, version: str) -> bool:
+        """Say whether a version is loaded; begins to load it where it is not."""
+        if self._find(model, version) is not None:
+            return True
+        try:
+            key = self._resolve(model, version)
+        except AgentError as exc:
+            _log.warning("the traffic of %s names version %s: %s", model, version, exc)
+            return False
+        self._routes[model, version] = _Route(key, time.monotonic())
+        if self._find_failure(key) is None and self._engine.cache.find(key) is None:
+            self._start_load(key)
+        return False
+
+    def _show_shadow(
+        self, traffic: Traffic, request: TensorRequest, response: TensorResponse
+    ) -> None:
+        if self._shadow is not None and traffic.shadow is not None:
+            self._shadow.offer(traffic, request.model, request.inputs, response.outputs)
+
+    async def _infer(self, request: TensorRequest, version: str | None) -> TensorResponse:
+        found = self._find(request.model, version)
         if found is None:
-            found = await self._open(request.model, request.version)
+            found = await self._open(request.model, version)
         began = time.perf_counter_ns()
         try:
             rows = _verify(found, request)
@@ -333,6 +436,9 @@ class EngineService:
     def _forget(self, key: ModelKey) -> None:
         """Free a version that is no longer the active one; what runs on it finishes."""
         is_wanted = any(route.key == key for route in tuple(self._routes.values()))
+        traffic = self._router.find(key.name) if self._router is not None else None
+        if traffic is not None and key.version in {*map(str, traffic.keep)}:
+            return
         if not is_wanted:
             self._free(key)
             self._inline_rows.pop(key, None)
@@ -351,10 +457,17 @@ class EngineService:
         if version is None:
             return ModelKey.from_folder(self._repository.get_folder(name))
         found = self._repository.get_version(name, version)
+        if self._is_in_traffic(name, found.number):
+            return ModelKey.from_folder(found.folder)
         if found.number not in self._choose_versions(self._repository.list_versions(name)):
             msg = f"model {name!r}: version {version} is not among those its version_policy serves"
             raise VersionNotFoundError(msg)
         return ModelKey.from_folder(found.folder)
+
+    def _is_in_traffic(self, name: str, number: int) -> bool:
+        """Say whether a version takes part in its model's traffic, whatever the policy serves."""
+        traffic = self._router.find(name) if self._router is not None else None
+        return traffic is not None and number in (*traffic.shares, traffic.fallback)
 
     def _choose_versions(self, versions: Sequence[ModelVersion]) -> set[int]:
         """Return the numbers that may be asked for: the active one, and what its policy says."""
@@ -413,11 +526,13 @@ class EngineService:
             why = f"{key.name} version {key.version} does not load: {exc}"
             _log.warning("%s", why)
             self._failures[key] = (time.monotonic(), why)
+            self._engine.get_stats(key).add_failure(FailReason.BACKEND)
             raise ModelUnavailableError(why) from exc
         finally:
             with self._lock:
                 del self._loads[key]
         self._failures.pop(key, None)
+        self._inline_rows[key] = _find_inline_rows(self._engine.get_served(key, model), model)
         if key.name in self._unloaded:
             self._engine.cache.unload(key)
         route = self._routes.get((key.name, None))

@@ -13,6 +13,7 @@ from enum import StrEnum
 from threading import Lock
 from typing import NamedTuple
 
+from agent.latency import find_step
 from worker.engine.service import BatchStats, Duration, ModelStats
 
 
@@ -80,6 +81,7 @@ class StatsCounter:
         self._hit, self._miss = _Sum(), _Sum()
         self._batches: defaultdict[int, _Batches] = defaultdict(_Batches)
         self._failures = dict.fromkeys(FailReason, 0)
+        self._latencies: defaultdict[int, int] = defaultdict(int)
 
     def add_run(
         self, rows: int, requests: int, times: RunTimes, *, total_ns: int, queue_ns: int = 0
@@ -99,6 +101,7 @@ class StatsCounter:
             self._runs += times.runs
             self._last_ms = last_ms
             self._success.add(total_ns, requests)
+            self._latencies[find_step(total_ns // requests if requests else 0)] += requests
             self._queue.add(queue_ns, requests)
             self._input.add(times.input_ns * requests, requests)
             self._infer.add(times.infer_ns * requests, requests)
@@ -126,6 +129,14 @@ class StatsCounter:
         """Count a look into the cache that found nothing, and the time to look and to insert."""
         with self._lock:
             self._miss.add(ns)
+
+    def read_latencies(self) -> dict[int, int]:
+        """Return requests that got an answer, by `find_step` of how long it took.
+
+        Requests of one batch count with its mean.
+        """
+        with self._lock:
+            return dict(self._latencies)
 
     def read(self, pending: int = 0) -> ModelStats:
         """Return the counters of this moment."""

@@ -79,6 +79,8 @@ class Head:
     is_classifying: bool = False
     names: tuple[str, ...] = ()
     """Of the outputs."""
+    key: str = ""
+    """What a split of traffic goes by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,9 @@ def parse_call(model: str, version: str | None, body: bytes, head_bytes: int | N
     if place != len(body):
         msg = f"{len(body) - place} bytes follow the last tensor"
         raise RequestFormatError(msg)
-    request = TensorRequest(model, inputs, version, head.names, head.priority, head.timeout_s)
+    request = TensorRequest(
+        model, inputs, version, head.names, head.priority, head.timeout_s, head.key
+    )
     return Call(head, request)
 
 
@@ -206,7 +210,16 @@ def parse_head(text: bytes) -> Head:
         timeout_s=timeout_us / US_PER_S if timeout_us else None,
         is_classifying=any(item.classes for item in outputs.values()),
         names=tuple(outputs),
+        key=_get_key(parameters),
     )
+
+
+def _get_key(parameters: Mapping[str, Any]) -> str:
+    value = parameters.get("key", "")
+    if isinstance(value, str):
+        return value
+    msg = "parameter key must be a text"
+    raise RequestFormatError(msg)
 
 
 _parse_kept_head = lru_cache(_KEPT_HEADS)(parse_head)

@@ -78,7 +78,16 @@ def read_request(message: Any) -> TensorRequest:
         tuple(item.name for item in message.outputs),
         _read_count(parameters, "priority"),
         timeout_us / US_PER_S if timeout_us else None,
+        _read_key(parameters),
     )
+
+
+def _read_key(parameters: Mapping[str, Any]) -> str:
+    value = parameters.get("key", "")
+    if isinstance(value, str):
+        return value
+    msg = "parameter key must be a text"
+    raise RequestFormatError(msg)
 
 
 def _read_parameters(parameters: Any) -> dict[str, Any]:

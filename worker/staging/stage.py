@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _ACTIVE = "the active version"
 _ROOT = Path("/")
+NOTICEABLE_MS = 1.0
+"""A p95 that is larger by less is noise, or nobody's trouble, however many times it is."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _list_objections(
         found.append(f"takes {rss_mb:.0f} MB, at most {policy.max_rss_mb:g} allowed")
     if policy.max_p95_ms is not None and p95_ms > policy.max_p95_ms:
         found.append(f"p95 {p95_ms:.3g} ms, at most {policy.max_p95_ms:g} allowed")
-    if base is not None and base.p95_ms and p95_ms > policy.max_slowdown * base.p95_ms:
+    if base is not None and base.p95_ms and _is_slower(p95_ms, base.p95_ms, policy.max_slowdown):
         ratio = p95_ms / base.p95_ms
         found.append(
             f"p95 {p95_ms:.3g} ms is {ratio:.1f} × the active version's; "
@@ -240,6 +242,10 @@ def _list_objections(
         )
     found += _list_disagreements(trial, policy)
     return found
+
+
+def _is_slower(mine_ms: float, theirs_ms: float, allowed: float) -> bool:
+    return mine_ms > allowed * theirs_ms and mine_ms - theirs_ms >= NOTICEABLE_MS
 
 
 def _list_disagreements(trial: Trial, policy: Policy) -> list[str]:

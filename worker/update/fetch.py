@@ -75,7 +75,7 @@ class FetchLimits:
     reserve_bytes: int = 64 << 20
     """Stays free on the store's disk."""
     bytes_per_s: int | None = None
-    """Bandwidth; None for no limit."""
+    """Bandwidth, above 0; None for no limit."""
     retries: int = 8
     """Attempts in a row that bring nothing; each with progress begins the count again."""
     first_wait_s: float = 1.0

@@ -226,7 +226,13 @@ def open_part(models: Path, blob: ReleaseFile) -> Iterator[PartFile]:
     folder = models / PARTS_DIR
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{blob.sha256}{PART_SUFFIX}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = _open(path)
+    if os.fstat(fd).st_nlink > 1:
+        # A power cut in the rename may leave both names: what is written here would be written
+        # to a blob that versions link.
+        os.close(fd)
+        path.unlink()
+        fd = _open(path)
     try:
         _lock(fd, path)
         part = PartFile(blob, path, fd)
@@ -237,6 +243,10 @@ def open_part(models: Path, blob: ReleaseFile) -> Iterator[PartFile]:
         yield part
     finally:
         part.close()
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
 
 def _lock(fd: int, path: Path) -> None:
