@@ -70,12 +70,12 @@ EXPECTED: dict[type[Exception], int] = {
     DemoStepError: 1,
     MeasuringError: 1,
     PlotMissingError: 1,
+    RolloutOrderError: 1,
     PublishMissingError: 1,
     ReleaseRepositoryError: 1,
     ReleaseExistsError: 1,
     SigningKeyError: 1,
     ReleaseUnknownError: 3,
-    RolloutOrderError: 1,
 }
 
 
