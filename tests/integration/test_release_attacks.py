@@ -242,6 +242,13 @@ def test_wrong_key_is_refused(lead: Lead, publisher: Publisher, box: Box, tmp_pa
         box.look(lead(stranger.folder))
 
 
+def test_root_that_is_none_is_told_from_a_bad_source(publisher: Publisher, tmp_path: Path) -> None:
+    targets = (publisher.folder / "metadata" / "1.targets.json").read_bytes()
+    for root in (b"", b"{}", targets):
+        with pytest.raises(TrustError, match="was given is no root"):
+            Box(tmp_path / "box", root).look(FolderReleaseSource(publisher.folder))
+
+
 def test_expired_root_is_refused(lead: Lead, tmp_path: Path) -> None:
     days = {"root": 10, "targets": 365, "snapshot": 30, "timestamp": 30}
     publisher = Publisher(tmp_path / "publisher", days)
