@@ -1,7 +1,7 @@
 """What an attacker can do between a publisher and a box, each refused, over all three channels.
 
-Every attack is first shown to work on a box without the defence, or the material to be
-genuine: a test that refuses because its forgery is clumsy shows nothing.
+Where it can, a test also shows that the material is genuine, or that a box which has seen
+nothing takes it: a forgery that is refused for its clumsiness shows nothing.
 """
 
 import fcntl
@@ -240,6 +240,13 @@ def test_wrong_key_is_refused(lead: Lead, publisher: Publisher, box: Box, tmp_pa
     Box(tmp_path / "strangers-box", stranger.root).look(lead(stranger.folder))
     with pytest.raises(TrustError):
         box.look(lead(stranger.folder))
+
+
+def test_root_that_is_none_is_told_from_a_bad_source(publisher: Publisher, tmp_path: Path) -> None:
+    targets = (publisher.folder / "metadata" / "1.targets.json").read_bytes()
+    for root in (b"", b"{}", targets):
+        with pytest.raises(TrustError, match="was given is no root"):
+            Box(tmp_path / "box", root).look(FolderReleaseSource(publisher.folder))
 
 
 def test_expired_root_is_refused(lead: Lead, tmp_path: Path) -> None:

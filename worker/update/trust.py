@@ -101,9 +101,19 @@ class Trust:
         folder: of the cache; made if it is not there.
         root: the root metadata that this box was given, any version of it.
         floors: as they were returned last.
+
+    Raises:
+        TrustError: what was given as the root is none.
     """
 
     def __init__(self, folder: Path, root: bytes, floors: Floors) -> None:
+        try:
+            is_root = Metadata.from_bytes(root).signed.type == Root.type
+        except RepositoryError:
+            is_root = False
+        if not is_root:
+            msg = "the root that this box was given is no root metadata of a release repository"
+            raise TrustError(msg)
         self._folder = folder
         self._root = root
         self.floors = floors
