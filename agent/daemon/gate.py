@@ -161,6 +161,15 @@ def _check_memory(rules: Probation, growth_mb: float) -> Reason | None:
     return Reason("probation_memory", text)
 
 
-def is_enough(rules: Probation, lasted_s: float, candidate: Tally) -> bool:
-    """Say whether a candidate has been watched for long enough to be committed."""
-    return lasted_s >= rules.duration_s and candidate.success >= rules.requests
+def is_enough(rules: Probation, lasted_s: float, candidate: Tally, meanwhile: Tally) -> bool:
+    """Say whether a candidate has been watched for long enough to be committed.
+
+    Args:
+        rules: of the probation.
+        lasted_s: so far.
+        candidate: what it has done in that time.
+        meanwhile: what the previous version has done in that time. As long as it alone answers,
+            because the candidate is still loading, nothing is known of the candidate.
+    """
+    is_known = candidate.success > 0 or meanwhile.success == 0
+    return is_known and lasted_s >= rules.duration_s and candidate.success >= rules.requests

@@ -387,7 +387,7 @@ class Updater(threading.Thread):
         canary = one.params.rollout.canary
         rules = one.params.probation
         rules = rules.model_copy(update={"duration_s": rules.duration_s / (len(canary) + 1)})
-        if is_enough(rules, self._lasted_s(one), self._tally(one)[0]):
+        if is_enough(rules, self._lasted_s(one), self._tally(one)[0], self._tally_meanwhile(one)):
             self._enter(one, Phase.COMMITTING)
 
     def _commit(self, one: Deployment) -> None:
@@ -483,7 +483,16 @@ class Updater(threading.Thread):
         now = book.tally(one.model, one.number)
         start = self._starts.setdefault(one.model, {}).setdefault(one.number, now)
         previous = Tally() if one.previous is None else book.tally(one.model, one.previous)
+        if one.previous is not None:
+            self._starts[one.model].setdefault(one.previous, previous)
         return subtract(now, start), previous
+
+    def _tally_meanwhile(self, one: Deployment) -> Tally:
+        """Return what the previous version has done in this phase."""
+        if one.previous is None:
+            return Tally()
+        now = self._books[one.model].tally(one.model, one.previous)
+        return subtract(now, self._starts[one.model].get(one.previous, now))
 
     def _lasted_s(self, one: Deployment) -> float:
         if one.boot_id != self._clock.boot_id():

@@ -1,12 +1,14 @@
 """A user's runtime that misbehaves, installed for one test: it kills its process, hangs or fails.
 
 What it does is in the file's name, so that the proof of the runtime, which uses another file,
-finds nothing wrong with it.
+finds nothing wrong with it. A file with `armed` in its name does what files beside it say, such as
+`armed-segv`, from the moment on in which they appear.
 """
 
 from pathlib import Path
 
 _SOURCE = """
+import ctypes
 import itertools
 import os
 import time
@@ -30,12 +32,29 @@ class WildRuntime(OrtRuntime):
         if "hang" in path.name:
             time.sleep(3600)
         session = super()._load(path, options)
+        run_tame = session._run
+
+        def run_wild(inputs, stop):
+            do = [file.name[6:] for file in path.parent.glob("armed-*")]
+            if "segv" in do:
+                ctypes.string_at(0)
+            if "hang" in do:
+                time.sleep(3600)
+            if "leak" in do:
+                hoard.append(b"x" * (4 << 20))
+            if "error" in do:
+                raise InferenceError("wild: it was told to fail")
+            return run_tame(inputs, stop)
+
+        hoard = []
+        if "armed" in path.name:
+            session._run = run_wild
         if "leak" in path.name:
             run, kept = session._run, []
 
             def keep_all(inputs, stop):
-                if len(kept) < 4000:
-                    kept.append(b"x" * (1 << 20))
+                if len(kept) < 100_000:
+                    kept.append(b"x" * (16 << 10))
                 return run(inputs, stop)
 
             session._run = keep_all

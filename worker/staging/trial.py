@@ -26,7 +26,7 @@ from worker.staging.golden import GoldenSet, compare
 BATCHES = (1, 2, 4, 8, 16, 32)
 GOLDEN_BATCH = 8
 _LEAK_MIN_MB = 64.0
-_LEAK_SHARE = 0.5
+_LEAK_SHARE = 0.25
 # Of runs of one row, more than any runtime needs to have all its memory.
 _LEAK_S = 0.5
 
