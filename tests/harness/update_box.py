@@ -1,11 +1,11 @@
 """One box with versions of the digits net, a console, and clients of its HTTP API."""
 
+import http.client
+import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-from tritonclient.http import InferenceServerClient, InferInput
-from tritonclient.utils import InferenceServerException
 
 from agent.repository import ModelRepository
 from console.embedded import find_free_port
@@ -72,7 +72,7 @@ class UpdateBox:
         """Say whether the HTTP API answers."""
         try:
             return bool(self.answer())
-        except (InferenceServerException, OSError):
+        except (OSError, http.client.HTTPException):
             return False
 
     def get_reported(self, name: str = "digits") -> dict[str, Any]:
@@ -81,10 +81,43 @@ class UpdateBox:
 
     def answer(self) -> str:
         """Ask the HTTP API for one answer; return the version that gave it."""
-        client = InferenceServerClient(f"127.0.0.1:{self.port}")
-        given = InferInput("pixels", [1, 64], "FP32")
-        given.set_data_from_numpy(make_pixels(1))
-        return str(client.infer("digits", [given]).get_response()["model_version"])
+        with closing(Client(self.port)) as client:
+            return client.ask()
+
+
+class Client:
+    """Asks the HTTP API over one connection, which may be cut by a crash.
+
+    Args:
+        port: of the API.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        pixels = make_pixels(1).reshape(-1).tolist()
+        tensor = {"name": "pixels", "datatype": "FP32", "shape": [1, 64], "data": pixels}
+        self._body = json.dumps({"inputs": [tensor]})
+
+    def ask(self) -> str:
+        """Return the version that answered.
+
+        Raises:
+            OSError, http.client.HTTPException: nobody did.
+        """
+        try:
+            self._connection.request("POST", "/v2/models/digits/infer", self._body)
+            response = self._connection.getresponse()
+            document = json.loads(response.read())
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            raise
+        if response.status != 200:
+            raise http.client.HTTPException(f"{response.status}: {document}")
+        return str(document["model_version"])
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._connection.close()
 
 
 class Load:
@@ -109,12 +142,10 @@ class Load:
             thread.join(20)
 
     def _ask(self, box: UpdateBox) -> None:
-        client = InferenceServerClient(f"127.0.0.1:{box.port}")
-        given = InferInput("pixels", [1, 64], "FP32")
-        given.set_data_from_numpy(make_pixels(1))
+        client = Client(box.port)
         while not self._over.is_set():
             try:
-                found = client.infer("digits", [given]).get_response()
-                self.versions.append(str(found["model_version"]))
-            except (InferenceServerException, OSError) as exc:
+                self.versions.append(client.ask())
+            except (OSError, http.client.HTTPException) as exc:
                 self.failures.append(str(exc))
+        client.close()
