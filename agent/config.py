@@ -281,6 +281,9 @@ class UpdateSettings(_Section):
         description="Versions of a model kept after an update; the active, the previous and a "
         "pinned one always are.",
     )
+    probation_s: float = Field(
+        default=600.0, ge=0, description="Probation of an update that says nothing of it."
+    )
     point_s: float = Field(
         default=0.4, gt=0, le=60, description="How long each batch size is measured at staging."
     )

@@ -41,7 +41,8 @@ class Policy(_Wire):
 class Probation(_Wire):
     """How long a new version is watched before it is committed, and what ends it early."""
 
-    duration_s: float = Field(default=600.0, ge=0, le=30 * 86_400)
+    duration_s: float | None = Field(default=None, ge=0, le=30 * 86_400)
+    """None: as the box is set (`updates.probation_s`)."""
     requests: int = Field(default=0, ge=0)
     """Commit needs at least so many answers of the candidate; 0: the time is enough."""
     max_error_rate: float = Field(default=0.01, ge=0, le=1)

@@ -165,11 +165,12 @@ def is_enough(rules: Probation, lasted_s: float, candidate: Tally, meanwhile: Ta
     """Say whether a candidate has been watched for long enough to be committed.
 
     Args:
-        rules: of the probation.
+        rules: of the probation, its duration filled in.
         lasted_s: so far.
         candidate: what it has done in that time.
         meanwhile: what the previous version has done in that time. As long as it alone answers,
             because the candidate is still loading, nothing is known of the candidate.
     """
     is_known = candidate.success > 0 or meanwhile.success == 0
-    return is_known and lasted_s >= rules.duration_s and candidate.success >= rules.requests
+    is_over = lasted_s >= (rules.duration_s or 0.0)
+    return is_known and is_over and candidate.success >= rules.requests

@@ -94,6 +94,7 @@ class Updater(threading.Thread):
         self._view_box = view_box
         self._root = settings.models_dir
         self._keep_versions = settings.updates.keep_versions
+        self._probation_s = settings.updates.probation_s
         self.convergence = Convergence(clock, repository, call, submit, self._share_lasting)
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -353,7 +354,7 @@ class Updater(threading.Thread):
         if self._object(one):
             return
         # The canary's steps and the time as the active version share the probation.
-        part_s = one.params.probation.duration_s / (len(shares) + 1)
+        part_s = self._get_duration_s(one) / (len(shares) + 1)
         if self._lasted_s(one) < part_s:
             return
         if one.step + 1 < len(shares):
@@ -386,7 +387,8 @@ class Updater(threading.Thread):
             return
         canary = one.params.rollout.canary
         rules = one.params.probation
-        rules = rules.model_copy(update={"duration_s": rules.duration_s / (len(canary) + 1)})
+        part_s = self._get_duration_s(one) / (len(canary) + 1)
+        rules = rules.model_copy(update={"duration_s": part_s})
         if is_enough(rules, self._lasted_s(one), self._tally(one)[0], self._tally_meanwhile(one)):
             self._enter(one, Phase.COMMITTING)
 
@@ -493,6 +495,10 @@ class Updater(threading.Thread):
             return Tally()
         now = self._books[one.model].tally(one.model, one.previous)
         return subtract(now, self._starts[one.model].get(one.previous, now))
+
+    def _get_duration_s(self, one: Deployment) -> float:
+        wanted = one.params.probation.duration_s
+        return self._probation_s if wanted is None else wanted
 
     def _lasted_s(self, one: Deployment) -> float:
         if one.boot_id != self._clock.boot_id():

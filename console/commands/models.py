@@ -279,8 +279,9 @@ def update_model(
     name: NameArgument,
     release: Annotated[str, typer.Argument(metavar="RELEASE", help="The version's name.")],
     probation_s: Annotated[
-        float, typer.Option("--probation", min=0, metavar="S", help="How long it is watched.")
-    ] = 600.0,
+        float | None,
+        typer.Option("--probation", min=0, metavar="S", help="How long it is watched."),
+    ] = None,
     requests: Annotated[
         int, typer.Option(min=0, help="Answers it must have given before it is committed.")
     ] = 0,

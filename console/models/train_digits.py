@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from agent.manifest import (
     ArtifactEntry,
+    Golden,
     Manifest,
     Step,
     TensorEntry,
@@ -37,6 +38,8 @@ from platforms.runtimes.registry import get_runtime
 
 FOLDER = Path(__file__).parent / "digits"
 FP32_FILE, INT8_FILE, LABELS_FILE = "digits.onnx", "digits.int8.onnx", "labels.txt"
+GOLDEN_INPUTS, GOLDEN_OUTPUTS = "golden_inputs.npz", "golden_outputs.npz"
+_GOLDEN_ROWS = 64
 
 MIN_ACCURACY = 0.97
 MIN_AGREEMENT = 0.99
@@ -94,6 +97,7 @@ def write_version(split: DigitSplit, folder: Path) -> None:
     quantize(folder / FP32_FILE, folder / INT8_FILE, split)
     labels = "".join(f"{digit}\n" for digit in range(_CLASSES))
     (folder / LABELS_FILE).write_text(labels, encoding="utf-8")
+    write_golden(folder, split)
     write_manifest(describe(folder, _measure_files(split, folder)), folder)
 
 
@@ -194,6 +198,14 @@ def _classify(path: Path, split: DigitSplit) -> NDArray[Any]:
     return chosen
 
 
+def write_golden(folder: Path, split: DigitSplit) -> None:
+    """Write held-out pictures and the fp32 net's answers to them: what proves it right on a box."""
+    pixels = to_tensor(split.held_out_images)[:_GOLDEN_ROWS]
+    session = get_runtime("ort").load(folder / FP32_FILE, LoadOptions(threads=1))
+    np.savez(folder / GOLDEN_INPUTS, pixels=pixels)
+    np.savez(folder / GOLDEN_OUTPUTS, scores=session.run({"pixels": pixels})["scores"])
+
+
 def describe(folder: Path, measures: Measures) -> Manifest:
     """Return the manifest of the files in `folder`."""
     image = {"size": [SIDE, SIDE], "mode": "L", "layout": "NC", "resample": "box"}
@@ -215,7 +227,11 @@ def describe(folder: Path, measures: Measures) -> Manifest:
         artifacts=tuple(
             _describe_artifact(folder / file, precision) for file, precision in precisions.items()
         ),
-        files={LABELS_FILE: compute_sha256(folder / LABELS_FILE)},
+        files={
+            name: compute_sha256(folder / name)
+            for name in (LABELS_FILE, GOLDEN_INPUTS, GOLDEN_OUTPUTS)
+        },
+        golden=Golden(inputs=GOLDEN_INPUTS, outputs=GOLDEN_OUTPUTS),
     )
 
 

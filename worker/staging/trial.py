@@ -28,7 +28,7 @@ GOLDEN_BATCH = 8
 _LEAK_MIN_MB = 64.0
 _LEAK_SHARE = 0.25
 # Of runs of one row, more than any runtime needs to have all its memory.
-_LEAK_S = 0.5
+_LEAK_S = 0.25
 
 
 @dataclass(frozen=True)
