@@ -251,6 +251,9 @@ class WorkerSettings(_Section):
 class UpdateSettings(_Section):
     """New versions of models (docs/lifecycle.md)."""
 
+    enabled: bool = Field(
+        default=True, description="False: `edgeward up` starts no maintenance worker."
+    )
     url: str | None = Field(
         default=None,
         description="Where releases come from: https://… of a release repository, or a folder; "

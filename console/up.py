@@ -125,14 +125,12 @@ def plan_box(settings: Settings, config: Path | None, kind: MqttBrokerKind | Non
             parts.env,
             _is_worker_ready(queue_url, slot),
         ),
-        # Nobody waits for it: an update may begin a moment later.
-        ChildSpec(
-            MAINTENANCE,
-            (*_PROGRAM, WORKER, "--lane", Lane.MAINTENANCE.value, *maintenance, *common),
-            parts.env,
-            lambda: True,
-        ),
     ]
+    if settings.updates.enabled:
+        # Nobody waits for it: an update may begin a moment later.
+        lane = ("--lane", Lane.MAINTENANCE.value)
+        argv = (*_PROGRAM, WORKER, *lane, *maintenance, *common)
+        parts.children.append(ChildSpec(MAINTENANCE, argv, parts.env, lambda: True))
     return Plan(
         tuple(parts.children),
         queue_url,

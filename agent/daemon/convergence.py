@@ -31,6 +31,7 @@ _TRIED = "desired_tried"
 Call = Callable[[Callable[[Connection], Any]], Any]
 SubmitUpdate = Callable[[str, DesiredModel], str]
 """From a model and what is wanted of it to the id of the update job in the ledger."""
+FindOpen = Callable[[Connection, list[str]], set[str]]
 Share = Callable[[str, Traffic | None], None]
 
 
@@ -41,7 +42,9 @@ class Convergence:
         clock: wall time.
         repository: of the models.
         call: runs something inside the writer's next transaction.
+        find_open: returns which of some jobs have not ended.
         submit: puts an update job into the ledger.
+        cancel: cancels one.
         share: shares a model's traffic for as long as the document says.
     """
 
@@ -50,22 +53,29 @@ class Convergence:
         clock: Clock,
         repository: ModelRepository,
         call: Call,
+        find_open: FindOpen,
         submit: SubmitUpdate,
+        cancel: Callable[[str], None],
         share: Share,
     ) -> None:
         self._clock = clock
         self._repository = repository
         self._call = call
+        self._find_open = find_open
         self._submit = submit
+        self._cancel = cancel
         self._share = share
         self._desired: Desired | None = None
-        self._tried: dict[str, str] = {}
+        self._tried: dict[str, dict[str, str]] = {}
+        """By model: `mark`, what the job was for, and `job`, its id."""
+        self._canceled: set[str] = set()
 
     # --- inside a transaction -------------------------------------------------------------------
 
     def want(self, tx: Connection, desired: Desired) -> bool:
         """Take a document in; say whether it is newer than the one that is followed."""
-        known = self._desired or self._load(tx)
+        # As it is on the disk: what memory has may be of a transaction that failed.
+        known = self._load(tx)
         if known is not None and known.epoch == desired.epoch and known.version >= desired.version:
             return False
         save_fact(tx, _DESIRED, desired.model_dump_json(exclude_defaults=True))
@@ -87,18 +97,39 @@ class Convergence:
 
     # --- the updater's thread -------------------------------------------------------------------
 
-    def step(self, busy: set[str]) -> None:
-        """Do what is missing for models that have no update under way."""
+    def step(self, busy: Mapping[str, str]) -> None:
+        """Do what is missing for models that have no update under way.
+
+        Args:
+            busy: those that have, with the update's job.
+        """
         desired = self._desired
         if desired is None:
             return
         for name, wanted in desired.models.items():
-            if name in busy or self._repository.is_pinned(name):
+            if self._repository.is_pinned(name) or self._give_way(desired, name, wanted, busy):
                 continue
             try:
                 self._converge(desired, name, wanted)
             except ModelError as exc:
                 log.warning("desired state of %s: %s", name, exc)
+
+    def _give_way(
+        self, desired: Desired, name: str, wanted: DesiredModel, busy: Mapping[str, str]
+    ) -> bool:
+        """Say whether a model must wait; an older document's update makes room for this one's."""
+        tried = self._tried.get(name)
+        if tried is None or tried["mark"] == _mark(desired, wanted):
+            return name in busy
+        job_id = tried["job"]
+        if job_id in self._canceled:
+            return name in busy
+        if self._call(lambda tx: bool(self._find_open(tx, [job_id]))):
+            log.info("%s: another release is wanted now: job %s is cancelled", name, job_id)
+            self._cancel(job_id)
+            self._canceled.add(job_id)
+            return True
+        return name in busy
 
     def _converge(self, desired: Desired, name: str, wanted: DesiredModel) -> None:
         versions = self._list_versions(name)
@@ -111,14 +142,25 @@ class Convergence:
         if active is not None and active.release == wanted.release:
             self._share(name, _find_shares(wanted, versions))
             return
-        mark = f"{desired.epoch}/{desired.version}/{wanted.release}"
-        if self._tried.get(name) == mark:
+        mark = _mark(desired, wanted)
+        tried = self._tried.get(name)
+        if tried is not None and tried["mark"] == mark and not self._was_refused_a_turn(name):
             return
         window = wanted.window or desired.window
         job_id = self._submit(name, wanted.model_copy(update={"window": window}))
         log.info("%s: release %s is wanted: job %s", name, wanted.release, job_id)
-        self._tried[name] = mark
-        self._call(lambda tx: save_fact(tx, _TRIED, json.dumps(self._tried)))
+        self._tried[name] = {"mark": mark, "job": job_id}
+
+        def save(tx: Connection) -> None:
+            store.forget_states(tx, [name])
+            save_fact(tx, _TRIED, json.dumps(self._tried))
+
+        self._call(save)
+
+    def _was_refused_a_turn(self, name: str) -> bool:
+        """Say whether the update met another one under way: it is sent again when that is over."""
+        state = self._call(lambda tx: store.read_states(tx).get(name))
+        return state is not None and state["code"] == "update_in_progress"
 
     def _list_versions(self, name: str) -> list[ModelVersion]:
         if name not in self._repository.list_models():
@@ -151,6 +193,10 @@ class Convergence:
         active = entry.get("active")
         release = active["release"] if active else None
         return "in_sync" if release == wanted.release else "applying"
+
+
+def _mark(desired: Desired, wanted: DesiredModel) -> str:
+    return f"{desired.epoch}/{desired.version}/{wanted.release}"
 
 
 def _find_shares(wanted: DesiredModel, versions: list[ModelVersion]) -> Traffic | None:

@@ -165,6 +165,7 @@ class Agent:
             FigureReader(settings.queue_url).read,
             self._view_box,
             self._submit_update,
+            lambda job_id: post(Spooled(Source.LOCAL, cancel=job_id)),
         )
         self._intake.unread = self._session.take_unread
         self._writer.seen_ms = self._retention.seen_ms

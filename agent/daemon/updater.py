@@ -32,7 +32,14 @@ from agent.config import Settings
 from agent.daemon.convergence import Convergence, SubmitUpdate
 from agent.daemon.gate import FigureBook, Tally, find_objection, is_enough, subtract
 from agent.daemon.messages import Ended
-from agent.errors import AgentError, DigestMismatchError, ManifestError, ModelError
+from agent.errors import (
+    AgentError,
+    DigestMismatchError,
+    ManifestError,
+    ModelError,
+    ModelNotFoundError,
+    VersionNotFoundError,
+)
 from agent.faults import reach
 from agent.jobs import JobState, Reason
 from agent.lifecycle import Desired, Phase, UpdateParams
@@ -72,6 +79,7 @@ class Updater(threading.Thread):
         read_figures: returns what the workers say of watched versions.
         view_box: says what the predicates of maintenance windows ask.
         submit: puts an update job into the ledger, for `desired`.
+        cancel: cancels one.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Updater(threading.Thread):
         read_figures: ReadFigures,
         view_box: Callable[[], BoxView],
         submit: SubmitUpdate,
+        cancel: Callable[[str], None],
     ) -> None:
         super().__init__(name="updater", daemon=True)
         self._clock = clock
@@ -95,7 +104,9 @@ class Updater(threading.Thread):
         self._root = settings.models_dir
         self._keep_versions = settings.updates.keep_versions
         self._probation_s = settings.updates.probation_s
-        self.convergence = Convergence(clock, repository, call, submit, self._share_lasting)
+        self.convergence = Convergence(
+            clock, repository, call, ledger.find_open, submit, cancel, self._share_lasting
+        )
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._books: dict[str, FigureBook] = {}
@@ -262,7 +273,7 @@ class Updater(threading.Thread):
             crashes, self._crashes = self._crashes, []
         for one, is_open in under_way:
             self._step(one, crashes, is_open=is_open)
-        busy = {one.model for one, _ in under_way}
+        busy = {one.model: one.job_id for one, _ in under_way}
         self.convergence.step(busy)
         self._books = {model: book for model, book in self._books.items() if model in busy}
         return bool(under_way)
@@ -290,7 +301,20 @@ class Updater(threading.Thread):
             Phase.COMMITTING: self._commit,
             Phase.ROLLING_BACK: self._roll_back,
         }
-        steps[one.phase](one)
+        try:
+            steps[one.phase](one)
+        except ModelNotFoundError as exc:
+            self._abandon(one, Reason("changed_locally", str(exc)))
+
+    def _abandon(self, one: Deployment, reason: Reason) -> None:
+        """End the update of a model that somebody has removed meanwhile."""
+
+        def finish(tx: Connection) -> Ended:
+            store.delete_deployment(tx, one.model)
+            return Ended(self._end(tx, one, JobState.FAILED, "failed", reason))
+
+        self._call(finish)
+        self._forget(one.model)
 
     def _find_crash(self, one: Deployment, crashes: Sequence[CrashReport]) -> Reason | None:
         """Return why a crash is the candidate's, or nobody else's to be."""
@@ -413,7 +437,7 @@ class Updater(threading.Thread):
         reach("update.rolling_back")
         active, _ = self._read_links(one.model)
         if active == one.number and reason.code != "changed_locally":
-            self._repository.restore(one.model, one.previous, one.older)
+            self._restore(one)
         reach("update.restored")
         write_traffic(self._root / one.model, None)
         reach("update.reset")
@@ -448,6 +472,13 @@ class Updater(threading.Thread):
             if item.number not in kept:
                 log.info("%s: version %d is removed, it is too old", model, item.number)
                 self._repository.remove(model, str(item.number))
+
+    def _restore(self, one: Deployment) -> None:
+        try:
+            self._repository.restore(one.model, one.previous, one.older)
+        except VersionNotFoundError as exc:
+            # Somebody has removed it by hand: what serves badly is better than nothing.
+            log.error("%s cannot go back: %s", one.model, exc)  # noqa: TRY400
 
     # --- what the phases share -----------------------------------------------------------------
 

@@ -36,7 +36,8 @@ def tensors(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def box(folder: Path) -> Iterator[UpProcess]:
-    process = UpProcess(folder / "data", "box-1")
+    # Without a maintenance worker, so that a job of that lane waits.
+    process = UpProcess(folder / "data", "box-1", EDGEWARD_UPDATES__ENABLED="false")
     added = process.run("models", "add", "proof", PROOF / "proof.onnx", "--release", "1.2.0")
     assert added.returncode == 0, added.stderr
     descendants = process.find_descendants()

@@ -28,14 +28,14 @@ def test_release_goes_from_a_folder_to_a_box_over_every_channel(tmp_path: Path) 
     assert created["state"] == "staged"
     assert ask("release", "sign", *common)["waiting"] == {}
     (listed,) = ask("release", "list", "--repo", repo)
-    assert (listed["model"], listed["state"], listed["files"]) == ("digits", "published", 4)
+    assert (listed["model"], listed["state"], listed["files"]) == ("digits", "published", 6)
 
     bundle = tmp_path / "digits.edgeward"
     ask("release", "bundle", "digits", "1.0.0", "-o", bundle, "--repo", repo)
     with serve(repo) as address:
         for source in (repo, bundle, address):
             (look,) = ask("release", "verify", source, "digits", "1.0.0", "--root", root)
-            assert (look["blobs_verified"], look["stale"]) == (4, False)
+            assert (look["blobs_verified"], look["stale"]) == (6, False)
 
     refused = ask("release", "verify", bundle, "digits", "2.0.0", "--root", root, code=3)
     assert refused["error"]["code"] == "release_unknown"

@@ -76,7 +76,9 @@ def test_clean_end_leaves_no_files(worker: LoneWorker) -> None:
     assert worker.journals == []
 
 
-def test_crash_that_runs_no_job_is_logged_and_told_to_nobody(worker: LoneWorker) -> None:
+def test_crash_of_a_thread_that_runs_no_job_is_told_of_the_process_and_of_no_job(
+    worker: LoneWorker,
+) -> None:
     """As when systemd's watchdog aborts it: the main thread gets the signal and runs no job."""
     import signal
 
@@ -86,7 +88,14 @@ def test_crash_that_runs_no_job_is_logged_and_told_to_nobody(worker: LoneWorker)
     worker.process.send_signal(signal.SIGABRT)
     worker.wait_end()
     worker.start()
-    assert worker.count_said() == 0
+    # A version on probation is to blame for it; no job is.
+    told = worker.hear("crash")
+    assert (told["signal"], told["model"], told["version"], told["jobs"]) == (
+        "SIGABRT",
+        "",
+        None,
+        [],
+    )
     assert "Fatal Python error: Aborted" in worker.read_log()
 
 

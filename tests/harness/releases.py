@@ -88,7 +88,7 @@ def write_digits(
             "name": name,
             "version": version,
             "artifacts": [entry.model_dump(mode="json") for entry in entries],
-            "files": {**found.files, **extra},
+            "files": {"labels.txt": found.files["labels.txt"], **extra},
             "golden": proof and proof.model_dump(mode="json"),
         }
     )

@@ -151,3 +151,36 @@ def test_desired_document_is_converged_to_and_only_the_newest_counts(fleet: Upda
     want(4, None)
     wait_until(lambda: "digits" not in fleet.models.list_models(), 30, "it is removed")
     assert fleet.models.list_models() == ["tiny"]
+
+
+@pytest.mark.timeout(240)
+def test_newer_document_takes_the_place_of_one_that_is_still_on_its_way(fleet: UpdateBox) -> None:
+    fleet.add("2.0.0")
+    fleet.add("3.0.0")
+    topic = "edgeward/v1/box-1/c2d/desired"
+
+    def want(version: int, release: str, duration_s: float) -> None:
+        models = {"digits": {"release": release, "probation": {"duration_s": duration_s}}}
+        body = {"epoch": "e1", "version": version, "models": models}
+        fleet.console.publish(topic, make_envelope(body, "desired"))
+
+    want(1, "2.0.0", 600.0)
+    wait_until(lambda: fleet.get_active() == "2.0.0", 60, "the first one is on probation")
+    want(2, "3.0.0", 0.5)
+    wait_until(lambda: fleet.get_active() == "3.0.0", 60, "the second one takes its place")
+    wait_until(lambda: fleet.get_reported().get("status") == "in_sync", 20, "it is reported")
+    # What was committed before the first one is what to go back to.
+    assert fleet.get_reported()["previous"]["release"] == "1.0.0"
+
+
+@pytest.mark.timeout(240)
+def test_local_pin_wins_and_is_visible(fleet: UpdateBox) -> None:
+    fleet.add("2.0.0")
+    fleet.models.pin("digits")
+    models = {"digits": {"release": "2.0.0", "probation": {"duration_s": 0.1}}}
+    body = {"epoch": "e1", "version": 1, "models": models}
+    fleet.console.publish("edgeward/v1/box-1/c2d/desired", make_envelope(body, "desired"))
+    wait_until(lambda: fleet.get_reported().get("status") == "pinned_local", 20, "it is visible")
+    assert fleet.get_active() == "1.0.0"
+    fleet.models.unpin("digits")
+    wait_until(lambda: fleet.get_active() == "2.0.0", 60, "it follows the console again")

@@ -19,7 +19,13 @@ from pathlib import Path
 
 from agent.config import Settings
 from agent.errors import AgentError, ReleaseError
-from agent.manifest import MANIFEST_FILE, Manifest, parse_manifest, write_manifest
+from agent.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from agent.release import ReleaseDocument
 from agent.repository import ModelRepository, ModelVersion
 from platforms.runtimes.registry import RUNTIME_FORMATS
@@ -154,7 +160,18 @@ class Installer:
                 found += [path for path in files if path.name != MANIFEST_FILE]
         return found
 
+    def _find_same(self, manifest: Manifest) -> ModelVersion | None:
+        """Return the version that is just this one: a try before this one got so far."""
+        with suppress(AgentError):
+            found = self._repository.get_version(manifest.name, manifest.version)
+            if read_manifest(found.folder) == manifest:
+                return found
+        return None
+
     def _add(self, manifest: Manifest, report: FetchReport) -> ModelVersion:
+        known = self._find_same(manifest)
+        if known is not None:
+            return known
         models = self._settings.models_dir
         with tempfile.TemporaryDirectory(prefix=".install-", dir=models) as name:
             folder = Path(name)
