@@ -272,7 +272,10 @@ class Updater(threading.Thread):
         with self._lock:
             crashes, self._crashes = self._crashes, []
         for one, is_open in under_way:
-            self._step(one, crashes, is_open=is_open)
+            try:
+                self._step(one, crashes, is_open=is_open)
+            except AgentError as exc:
+                log.warning("%s: %s; trying again", one.model, exc)
         busy = {one.model: one.job_id for one, _ in under_way}
         self.convergence.step(busy)
         self._books = {model: book for model, book in self._books.items() if model in busy}

@@ -90,6 +90,13 @@ def test_no_configuration_changes_nothing() -> None:
     assert apply_config(options, ServingConfig()) == options
 
 
+def test_order_of_answers_is_kept_by_one_run_at_a_time() -> None:
+    options = BatchOptions(instances=4, max_rows=8, is_batchable=True)
+    ordered = ServingConfig(preserve_ordering=True, instances=3)
+    assert apply_config(options, ordered).instances == 1
+    assert apply_config(options, ServingConfig(instances=3)).instances == 3
+
+
 _FALLING_BACK = """
 from dataclasses import replace
 

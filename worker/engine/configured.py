@@ -89,7 +89,8 @@ def apply_config(options: BatchOptions, config: ServingConfig) -> BatchOptions:
     limit = config.max_rows or None
     return replace(
         options,
-        instances=config.instances or options.instances,
+        # One run at a time is what keeps answers in the order of their requests.
+        instances=1 if config.preserve_ordering else config.instances or options.instances,
         max_rows=min(options.max_rows, limit or options.max_rows),
         request_rows_max=limit,
         is_batchable=options.is_batchable and config.max_rows != 0,
