@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from agent.config import HttpSettings
 from agent.manifest import (
     ArtifactEntry,
     Manifest,
@@ -27,6 +26,7 @@ from agent.manifest import (
     write_manifest,
 )
 from agent.repository import ModelRepository
+from agent.sections import HttpSettings
 from platforms.artifact import ArtifactFormat, Datatype, Precision
 from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec

@@ -29,9 +29,9 @@ from console.models.train_digits import FOLDER as DIGITS
 from platforms.artifact import ArtifactFormat, Datatype, Precision
 from platforms.runtimes.proof import prove_runtime
 from platforms.spec import Arch, Os, PlatformSpec
+from platforms.threads import compute_threads
 from worker.engine.engine import Engine, InferOutcome, InferRequest
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
-from worker.engine.threads import compute_threads
 from worker.processing.step import JobInput
 
 ONNX_TYPES = {
