@@ -25,6 +25,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from agent.choice import compute_digest, sweep_choices
 from agent.clock import Clock
 from agent.config import Settings
 from agent.daemon.convergence import Convergence, SubmitUpdate
@@ -100,6 +101,7 @@ class Updater(threading.Thread):
         self._read_figures = read_figures
         self._view_box = view_box
         self._root = settings.models_dir
+        self._choices = settings.choices_dir
         self._keep_versions = settings.updates.keep_versions
         self._probation_s = settings.updates.probation_s
         self._ends = UpdateEnds(clock, ledger)
@@ -366,6 +368,18 @@ class Updater(threading.Thread):
             if item.number not in kept:
                 log.info("%s: version %d is removed, it is too old", model, item.number)
                 self._repository.remove(model, str(item.number))
+        self._sweep_choices()
+
+    def _sweep_choices(self) -> None:
+        folders = [
+            item.folder
+            for name in self._repository.list_models()
+            for item in self._repository.list_versions(name)
+        ]
+        try:
+            sweep_choices(self._choices, {compute_digest(folder) for folder in folders})
+        except OSError as exc:
+            log.warning("records of choices are not swept: %s", exc)
 
     def _restore(self, one: Deployment) -> None:
         try:

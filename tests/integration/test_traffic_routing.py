@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from agent.config import Settings
 from agent.errors import AgentError
@@ -30,6 +31,7 @@ from worker.engine.sessions import LoadedModel, ModelKey
 from worker.engine.shadow import Shadow, is_alike
 from worker.engine.watch import EngineWatch
 from worker.errors import WorkerError
+from worker.metrics import ShadowCollector
 from worker.runner import Runner
 from worker.runs import Run
 
@@ -207,6 +209,12 @@ def test_shadow_sees_copies_and_nobody_gets_its_answers(bench: Bench) -> None:
     figures = bench.get_figures("3")
     assert figures.agreed == 0
     assert figures.shadow_failed == 0
+    registry = CollectorRegistry()
+    registry.register(ShadowCollector(bench.shadow))
+    labels = {"model": "scale", "version": "3"}
+    read = registry.get_sample_value
+    assert read("edgeward_shadow_compared_total", labels) == figures.compared
+    assert read("edgeward_shadow_agreed_total", labels) == figures.agreed
 
 
 def test_shadow_that_answers_alike_agrees(bench: Bench) -> None:

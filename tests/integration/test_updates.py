@@ -241,6 +241,7 @@ def test_choice_is_taken_without_a_restart_and_made_again_when_the_box_has_chang
         fleet.box.start("agent")
         wait_until(lambda: find_identity(fleet) == identity, 60, "measured again")
         wait_until(lambda: fleet.get_reported().get("status") == "in_sync", 20, "and reported")
+        assert len(list((fleet.box.data_dir / "choices").iterdir())) == 1
     finally:
         fleet.close()
 

@@ -88,7 +88,13 @@ class Shadow:
 
     def read(self, model: str, version: str) -> ShadowCounts:
         """Return what came of the copies of a version so far."""
-        return self._get_counts(model, version)
+        with self._lock:
+            return self._counts.get((model, version), ShadowCounts())
+
+    def list_counts(self) -> dict[tuple[str, str], ShadowCounts]:
+        """Return what came of the copies, by model and version."""
+        with self._lock:
+            return dict(self._counts)
 
     def _get_counts(self, model: str, version: str) -> ShadowCounts:
         with self._lock:
