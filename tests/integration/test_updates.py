@@ -11,6 +11,7 @@ from agent.lease import release_lease, take_lease
 from tests.harness.box import make_body, make_envelope
 from tests.harness.brokers import MqttProcess, QueueProcess
 from tests.harness.releases import DIGITS, make_pixels, write_garbage, write_slow
+from tests.harness.rollouts import RolloutProcess
 from tests.harness.update_box import Load, UpdateBox
 from tests.harness.waiting import wait_until
 
@@ -244,6 +245,23 @@ def test_choice_is_taken_without_a_restart_and_made_again_when_the_box_has_chang
         assert len(list((fleet.box.data_dir / "choices").iterdir())) == 1
     finally:
         fleet.close()
+
+
+@pytest.mark.timeout(240)
+def test_rollout_leads_our_own_agent_to_a_release_and_stops_at_a_bad_one(
+    fleet: UpdateBox, mosquitto: MqttProcess, tmp_path: Path
+) -> None:
+    fleet.add("2.0.0")
+    fleet.add("3.0.0", files={"digits.onnx": write_garbage(tmp_path / "bad.onnx")})
+    good = RolloutProcess(tmp_path / "good", mosquitto.port)
+    good.start("2.0.0", "--probation", "1s", model="digits")
+    assert good.wait() == 0, good.errors()
+    assert fleet.get_active() == "2.0.0"
+    bad = RolloutProcess(tmp_path / "bad", mosquitto.port)
+    bad.start("3.0.0", "--probation", "1s", model="digits")
+    assert bad.wait() == 1, bad.errors()
+    assert fleet.get_active() == "2.0.0"
+    assert bad.status()["classes"][0]["state"] == "stopped"
 
 
 def run_artifact(fleet: UpdateBox) -> str:
