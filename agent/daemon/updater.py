@@ -105,7 +105,7 @@ class Updater(threading.Thread):
         self._keep_versions = settings.updates.keep_versions
         self._probation_s = settings.updates.probation_s
         self._ends = UpdateEnds(clock, ledger)
-        self._staged = StagedIntake(clock, ledger, self._ends, lambda it: self._read_links(it)[0])
+        self._staged = StagedIntake(clock, ledger, self._ends, self._find_active)
         self._convergence = Convergence(
             clock,
             repository,
@@ -443,6 +443,13 @@ class Updater(threading.Thread):
         if one.boot_id != self._clock.boot_id():
             return 0.0
         return (self._clock.boot_ms() - one.since_boot_ms) / 1000
+
+    def _find_active(self, model: str) -> int | None:
+        try:
+            return self._read_links(model)[0]
+        except ModelError:
+            # Removed meanwhile.
+            return None
 
     def _read_links(self, model: str) -> tuple[int | None, int | None]:
         versions = self._repository.list_versions(model)
