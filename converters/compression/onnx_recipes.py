@@ -119,7 +119,6 @@ def quantize_static(
     options: dict[str, Any],
     calibration: CalibrationSet,
     specs: tuple[TensorSpec, ...],
-    only: list[str] | None = None,
     cache: Path | None = None,
 ) -> None:
     """Write the static INT8 form of a prepared graph.
@@ -130,7 +129,6 @@ def quantize_static(
         options: as `STATIC_OPTIONS`.
         calibration: adapted to `specs`.
         specs: the model's inputs.
-        only: names of the nodes to quantize; None: all that are not excluded.
         cache: of the ranges that calibration found, so that a search calibrates once.
 
     Raises:
@@ -150,7 +148,6 @@ def quantize_static(
             weight_type=quantization.QuantType.QInt8,
             per_channel=options["per_channel"],
             reduce_range=options["reduce_range"],
-            nodes_to_quantize=only,
             nodes_to_exclude=list(options["exclude"]),
             calibrate_method=quantization.CalibrationMethod[_METHODS[options["method"]]],
             calibration_cache_path=cache,
@@ -183,10 +180,8 @@ def dynamic_int8(task: Task) -> Facts:
     }
 
 
-def quantize_dynamic(
-    prepared: Path, target: Path, options: dict[str, Any], only: list[str] | None = None
-) -> None:
-    """Write the dynamic INT8 form of a prepared graph; `only` as in `quantize_static`.
+def quantize_dynamic(prepared: Path, target: Path, options: dict[str, Any]) -> None:
+    """Write the dynamic INT8 form of a prepared graph.
 
     Raises:
         RecipeError: a node to leave out is not there.
@@ -203,7 +198,6 @@ def quantize_dynamic(
             per_channel=options["per_channel"],
             reduce_range=options["reduce_range"],
             weight_type=quantization.QuantType.QInt8,
-            nodes_to_quantize=_add_products(only),
             nodes_to_exclude=_add_products(options["exclude"]),
             extra_options={"MatMulConstBOnly": True},
         )
@@ -212,13 +206,11 @@ def quantize_dynamic(
         raise CompressionError(msg) from exc
 
 
-def _add_products(names: Iterable[str] | None) -> list[str] | None:
+def _add_products(names: Iterable[str]) -> list[str]:
     """Return the names, and what the dynamic quantizer calls a Gemm's product before it looks.
 
     It splits Gemm into MatMul and Add first: by its own name none would be left out.
     """
-    if names is None:
-        return None
     return [form for name in names for form in (name, f"{name}_MatMul")]
 
 

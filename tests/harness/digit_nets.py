@@ -6,7 +6,7 @@ transformer encoder (MatMul, attention).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,6 +128,21 @@ def train(net: nn.Module, data: Digits, epochs: int = 12, rate: float = 3e-3) ->
             torch.autograd.backward(nn.functional.cross_entropy(net(x[batch]), y[batch]))
             optimizer.step()
     return net.eval()
+
+
+def unbalance(net: ConvNet, factor: float = 300.0) -> ConvNet:
+    """Make one channel of the first separable block far larger than the others, in place.
+
+    The net answers as before (ReLU lets a positive factor through, the next weights undo it), but
+    8 bits for the whole tensor now leave nearly none for the other channels.
+    """
+    block = cast("Separable", net[3])
+    norm, pointwise = cast("nn.BatchNorm2d", block[1]), cast("nn.Conv2d", block[3])
+    with torch.no_grad():
+        norm.weight[0] *= factor
+        norm.bias[0] *= factor
+        pointwise.weight[:, 0] /= factor
+    return net
 
 
 def build(kind: type[nn.Module], **options: Any) -> nn.Module:
