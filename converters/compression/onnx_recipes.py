@@ -20,6 +20,7 @@ from converters.compression.graph import (
     take_census,
 )
 from converters.compression.toolchain import (
+    TOOL_FAULTS,
     get_calibration_file,
     get_choice,
     import_library,
@@ -57,19 +58,6 @@ WEIGHT_ONLY_OPTIONS: dict[str, Any] = {
     "rewrite_gemm": False,
     "exclude": (),
 }
-
-# What the libraries raise on models they do not know what to do with; none documents a set.
-TOOL_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class _Feeds:

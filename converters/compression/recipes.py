@@ -40,6 +40,9 @@ class Recipe:
 
 
 _ONNX = "converters.compression.onnx_recipes"
+_LITERT = "converters.compression.litert_recipes"
+_OPENVINO = "converters.compression.openvino_recipes"
+_COREML = "converters.compression.coreml_recipes"
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
@@ -115,6 +118,108 @@ RECIPES: tuple[Recipe, ...] = (
         needs_calibration=False,
         note="weights of MatMul only, in blocks of 32; does nothing to Conv and Gemm",
         options=MappingProxyType({"bits": 4}),
+    ),
+    Recipe(
+        "litert_static",
+        ModelFormat.TFLITE,
+        ModelFormat.TFLITE,
+        Precision.INT8,
+        f"{_LITERT}:static_int8",
+        "convert",
+        needs_calibration=True,
+        note="the fastest on LiteRT; right in both TFLite runtimes, but slow in tflite-runtime",
+    ),
+    Recipe(
+        "litert_dynamic",
+        ModelFormat.TFLITE,
+        ModelFormat.TFLITE,
+        Precision.INT8,
+        f"{_LITERT}:dynamic_int8",
+        "convert",
+        needs_calibration=False,
+        note="needs no data; right in LiteRT 2, garbage in tflite-runtime 2.14",
+    ),
+    Recipe(
+        "litert_weight_only",
+        ModelFormat.TFLITE,
+        ModelFormat.TFLITE,
+        Precision.INT8,
+        f"{_LITERT}:weight_only",
+        "convert",
+        needs_calibration=False,
+        note="a quarter of the size at float's speed; right in both TFLite runtimes",
+    ),
+    Recipe(
+        "openvino_int8",
+        ModelFormat.OPENVINO,
+        ModelFormat.OPENVINO,
+        Precision.INT8,
+        f"{_OPENVINO}:int8",
+        "openvino",
+        needs_calibration=True,
+        note="for convolutions and attention alike: 1.8–3.5 times onnxruntime's fp32",
+    ),
+    Recipe(
+        "openvino_weights8",
+        ModelFormat.OPENVINO,
+        ModelFormat.OPENVINO,
+        Precision.INT8,
+        f"{_OPENVINO}:weights",
+        "openvino",
+        needs_calibration=False,
+        note="a quarter of the weights, arithmetic in float",
+        options=MappingProxyType({"bits": 8}),
+    ),
+    Recipe(
+        "openvino_weights4",
+        ModelFormat.OPENVINO,
+        ModelFormat.OPENVINO,
+        Precision.INT4_WEIGHTS,
+        f"{_OPENVINO}:weights",
+        "openvino",
+        needs_calibration=False,
+        note="products in 4 bits, the rest in 8; of a net of convolutions it makes weights of 8",
+        options=MappingProxyType({"bits": 4}),
+    ),
+    Recipe(
+        "openvino_fp16",
+        ModelFormat.OPENVINO,
+        ModelFormat.OPENVINO,
+        Precision.FP16,
+        f"{_OPENVINO}:fp16",
+        "openvino",
+        needs_calibration=False,
+        note="half the weights' size; a CPU computes as before",
+    ),
+    Recipe(
+        "coreml_fp16",
+        ModelFormat.COREML,
+        ModelFormat.COREML,
+        Precision.FP16,
+        f"{_COREML}:fp16",
+        "convert",
+        needs_calibration=False,
+        note="what Apple's Neural Engine computes in",
+    ),
+    Recipe(
+        "coreml_int8_weights",
+        ModelFormat.COREML,
+        ModelFormat.COREML,
+        Precision.INT8,
+        f"{_COREML}:int8_weights",
+        "convert",
+        needs_calibration=False,
+        note="weights in 8 bits per channel, arithmetic in float",
+    ),
+    Recipe(
+        "coreml_palettized",
+        ModelFormat.COREML,
+        ModelFormat.COREML,
+        Precision.INT8,
+        f"{_COREML}:palettized",
+        "convert",
+        needs_calibration=False,
+        note="weights as 6-bit indices into a table for each tensor, arithmetic in float",
     ),
 )
 

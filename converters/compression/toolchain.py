@@ -18,6 +18,19 @@ from platforms.runtimes.base import LoadOptions, Session
 from platforms.runtimes.registry import get_runtime
 from platforms.telemetry import forbid_telemetry
 
+TOOL_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the libraries raise on models they do not know what to do with; none documents a set."""
+
 
 def read_options(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the task's options over their defaults.
