@@ -13,6 +13,11 @@ ConversionError                the root; what a caller decides differently becom
 │   ├── HopMemoryError         it took more memory than it may
 │   ├── HopFailedError         its tool failed, died, or left nothing behind
 │   └── InputChangedError      its tool overwrote what it was given
+├── BudgetError                a budget cannot be read
+├── CalibrationError           the data to calibrate with cannot be used
+├── RecipeError                a recipe is unknown, or does not apply to this model or these options
+├── CompressionError           a recipe's tool failed on a model that it should take
+├── TrainingError              the data of a training loop cannot be used, or the loop found no net
 └── ConversionCanceledError    the caller called it off
 """
 
@@ -116,6 +121,36 @@ class InputChangedError(HopError):
     """A step's input changed under it; what came out of it is not used."""
 
     code = "input_changed"
+
+
+class BudgetError(ConversionError):
+    """A budget has an unknown key, a key twice, or a value that makes no sense."""
+
+    code = "bad_budget"
+
+
+class CalibrationError(ConversionError):
+    """Calibration data is missing, too little, or not what the model takes."""
+
+    code = "bad_calibration"
+
+
+class RecipeError(ConversionError):
+    """There is no such recipe, or it does not apply to the model or the options given."""
+
+    code = "bad_recipe"
+
+
+class CompressionError(ConversionError):
+    """A recipe's tool failed on a model that it should take."""
+
+    code = "compression_failed"
+
+
+class TrainingError(ConversionError):
+    """Training data is not what the net takes, or training ended without a usable net."""
+
+    code = "training_failed"
 
 
 class ConversionCanceledError(ConversionError):
