@@ -217,7 +217,7 @@ RECIPES: tuple[Recipe, ...] = (
         ModelFormat.COREML,
         Precision.INT8,
         f"{_COREML}:palettized",
-        "convert",
+        "compress",
         needs_calibration=False,
         note="weights as 6-bit indices into a table for each tensor, arithmetic in float",
     ),
