@@ -10,7 +10,7 @@ chosen, however fast.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -227,6 +227,18 @@ def write_choice(folder: Path, record: ChoiceRecord) -> Path:
     path = choice_path(folder, record.digest)
     write_atomic(path, json.dumps(record.to_json(), indent=1))
     return path
+
+
+def sweep_choices(folder: Path, kept: Collection[str]) -> None:
+    """Remove the records of versions that are gone.
+
+    Args:
+        folder: of all records.
+        kept: digests of the versions that are there.
+    """
+    for path in folder.glob("*.json"):
+        if path.stem not in kept:
+            path.unlink(missing_ok=True)
 
 
 def find_choice(folder: Path, digest: str) -> ChoiceRecord | None:

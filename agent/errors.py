@@ -28,6 +28,7 @@ AgentError
 │   ├── PathNotAllowedError the path leaves the configured roots
 │   ├── InputNotFoundError
 │   └── InputTooLargeError
+├── LeaseError              a lease cannot be taken or given back
 ├── BrokerUnavailableError  the queue or MQTT broker does not answer
 └── MetricsError            metrics cannot be served
 """
@@ -206,6 +207,12 @@ class InputTooLargeError(InputError):
     """The input is over the configured size."""
 
     code = "input_too_large"
+
+
+class LeaseError(AgentError):
+    """A lease has a bad name or duration, or its file cannot be written or removed."""
+
+    code = "lease_error"
 
 
 class BrokerUnavailableError(AgentError):

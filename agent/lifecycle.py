@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from agent.manifest import NAME_PATTERN
 from agent.window import Window
 
+NOTICEABLE_MS = 1.0
+"""A p95 that is larger by less is noise, or nobody's trouble, however many times it is."""
 _WHOLE = 100.0
 
 

@@ -65,7 +65,7 @@ class Tolerance(_Strict):
     """How far answers may be from a reference and still be right.
 
     A measure that an output does not have (a best class, where it has no classes) is passed over;
-    an output to which none applies needs `FALLBACK_SQNR_DB`.
+    an output to which none applies needs 20 dB (`platforms.parity.FALLBACK_SQNR_DB`).
     """
 
     min_agreement: float | None = Field(default=0.99, ge=0, le=1)
@@ -73,10 +73,6 @@ class Tolerance(_Strict):
     min_top_5: float | None = Field(default=None, ge=0, le=1)
     min_sqnr_db: float | None = None
     max_abs: float | None = Field(default=None, ge=0)
-
-
-FALLBACK_SQNR_DB = 20.0
-"""Signal to noise that an output without classes needs where nothing else is asked."""
 
 
 class Golden(_Strict):

@@ -34,6 +34,8 @@ TARGETS_DIR = "targets"
 BLOBS_DIR = "blobs"
 CHUNKS_DIR = "chunks"
 _BUNDLE_MEMBERS_MAX = 50_000
+BUNDLES = "_releases"
+"""Folder of the inbox: bundle files in it become update jobs."""
 BUNDLE_SUFFIX = ".edgeward"
 """Of a file that holds metadata, one release and its blobs, for a USB stick."""
 

@@ -21,6 +21,8 @@ MAINTAIN_TASK = "edgeward.maintain"
 OUTCOME = "outcome"
 PROGRESS = "progress"
 CRASH = "crash"
+STAGED = "staged"
+"""Key of a maintenance worker's result that is for the agent's updater."""
 CANCEL_PREFIX = "edgeward:cancel:"
 CANCEL_LIFE_S = 3600
 # Workers say that they live in a key of short life: often while they hold tasks.

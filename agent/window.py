@@ -29,6 +29,7 @@ class Window(BaseModel):
     idle: bool = False
     max_temperature_c: float | None = None
     on_mains: bool = False
+    min_free_mb: float | None = Field(default=None, gt=0)
 
     @field_validator("cron")
     @classmethod
@@ -50,6 +51,10 @@ class BoxView:
     """Whether nothing but this work would run."""
     temperature_c: float | None = None
     is_on_mains: bool | None = None
+    free_mb: float | None = None
+    """On the disk of the data folder, 10⁶ bytes."""
+    held: str | None = None
+    """Who holds a lease on the box, and why; None where nobody does."""
 
 
 @dataclass(frozen=True)
@@ -112,4 +117,9 @@ def _list_obstacles(window: Window, box: BoxView) -> list[str]:
         obstacles.append(f"the box has {hot:g} °C, over its limit of {limit:g} °C")
     if window.on_mains and box.is_on_mains is False:
         obstacles.append("it waits until the box is on mains power")
+    free, least = box.free_mb, window.min_free_mb
+    if least is not None and free is not None and free < least:
+        obstacles.append(f"the disk has {free:.0f} MB left, below its limit of {least:g} MB")
+    if box.held is not None:
+        obstacles.append(f"the box is not to be disturbed: {box.held}")
     return obstacles

@@ -23,6 +23,7 @@ from agent.store.database import open_engine, transaction
 from console.errors import ConsoleStoreError, JobNotFoundError
 from console.mirror import Change, DeviceMirror, DeviceView, JobView
 from console.numbering import Numbering
+from console.store_schema import claim_schema
 from console.submission import Command
 
 SCHEMA = 1
@@ -279,15 +280,8 @@ def put_command(mirror: DeviceMirror, row: Mapping[Any, Any], now_s: float) -> N
 
 
 def _prepare(tx: Connection, path: Path) -> None:
-    found = tx.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if found == SCHEMA:
+    if not claim_schema(tx, path, SCHEMA, "name another one with --store"):
         return
-    if found > SCHEMA:
-        msg = f"{path} was written by a newer Edgeward (schema {found}): update it"
-        raise ConsoleStoreError(msg)
-    if tx.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").first() is not None:
-        msg = f"{path} is another program's file: name another one with --store"
-        raise ConsoleStoreError(msg)
     for statement in _TABLES:
         tx.exec_driver_sql(statement)
     tx.exec_driver_sql(

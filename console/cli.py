@@ -15,6 +15,7 @@ from console.commands import (
     diag,
     explain,
     jobs,
+    leases,
     models,
     release,
     rollout,
@@ -44,6 +45,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(release.app, name="release")
 app.add_typer(release.keys, name="keys")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(leases.app, name="leases")
 app.add_typer(console.app, name="console")
 app.add_typer(rollout.app, name="rollout")
 

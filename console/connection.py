@@ -34,8 +34,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from agent.config import MqttSettings
 from agent.errors import BrokerUnavailableError
+from agent.sections import MqttSettings
 from console.mirror import Outgoing
 
 log = logging.getLogger(__name__)

@@ -185,6 +185,7 @@ def _word_window(given: Row, now_ms: int, wait_ms: int) -> str | None:
         *(["an idle box"] if window.idle else []),
         *(["mains power"] if window.on_mains else []),
         *([f"at most {window.max_temperature_c:g} °C"] if window.max_temperature_c else []),
+        *([f"{window.min_free_mb:g} MB of free disk"] if window.min_free_mb else []),
     ]
     if wait_ms > 0 and wishes:
         return (

@@ -9,7 +9,7 @@ from contextlib import closing
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
-from agent.config import HttpSettings
+from agent.sections import HttpSettings
 
 READY_S = 10.0
 """The worker's own readiness comes first, so that this is only its HTTP server's time."""

@@ -19,6 +19,7 @@ from agent.config import Settings
 from agent.manifest import Manifest
 from platforms.selection import Candidate, Preference
 from platforms.spec import PlatformSpec
+from platforms.threads import choose_concurrency, compute_sizes
 from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.configured import apply_config
 from worker.engine.costs import CostIdentity, KeptCurve, find_curves, get_objective, identify_costs
@@ -26,7 +27,6 @@ from worker.engine.engine import plan_options
 from worker.engine.modelconfig.serving import ServingConfig
 from worker.engine.modelconfig.source import build_serving, find_config
 from worker.engine.sessions import load_model
-from worker.engine.threads import compute_sizes
 from worker.staging.preference import find_preference
 
 NOT_MEASURED = (
@@ -71,7 +71,8 @@ class Costs:
 
 def compute_box_sizes(settings: Settings, spec: PlatformSpec) -> tuple[int, int]:
     """Return the threads inside an operator and the instances that a worker of this box takes."""
-    return compute_sizes(spec.cores, settings.worker.concurrency or max(1, int(spec.cores)))
+    concurrency = choose_concurrency(spec.cores, settings.worker.concurrency or 0)
+    return compute_sizes(spec.cores, concurrency)
 
 
 def find_costs(

@@ -1,6 +1,5 @@
-"""Model file in, model file out, with evidence. Empty so far but for its errors.
+"""Model file in, model file out, with evidence.
 
-Will own the registry of conversion pairs, quantization, pruning, distillation and the
-parity check of every result. Knows nothing of jobs, the store, MQTT or Celery, and
-imports `platforms` only.
+`routes` turns one format into another, step by step, each in a process of its own. Knows
+nothing of jobs, the store, MQTT or Celery, and imports `platforms` only.
 """

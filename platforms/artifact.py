@@ -6,9 +6,12 @@ manifest on disk (`agent.manifest`) builds these; nothing here touches a file.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 SAVED_MODEL_FILE = "saved_model.pb"
 """An artifact of the format SavedModel is named by this file of its folder."""
+MLPACKAGE_FILE = "Manifest.json"
+"""And one of Core ML that is a folder (`.mlpackage`) by this one."""
 
 
 class ArtifactFormat(StrEnum):
@@ -82,3 +85,11 @@ class ArtifactSpec:
     requires_accelerator: str | None = None
     """An `AcceleratorKind` value it cannot run without."""
     min_memory_mb: int | None = None
+
+
+def locate_model(path: Path) -> Path:
+    """Return what a runtime opens of an artifact: its file, or the folder that it stands for."""
+    is_folder = path.name == SAVED_MODEL_FILE or (
+        path.name == MLPACKAGE_FILE and path.parent.suffix == ".mlpackage"
+    )
+    return path.parent if is_folder else path

@@ -206,3 +206,46 @@ def judge_likeness(parities: Sequence[Parity]) -> Likeness:
         if (agreement is None or agreement >= min_agreement) and sqnr_db >= min_sqnr_db:
             return likeness
     return Likeness.DIFFERENT
+
+
+FALLBACK_SQNR_DB = 20.0
+"""Signal to noise that an output without classes needs where nothing else is asked."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a candidate's answers may be from the reference's; None: not looked at.
+
+    A measure that an output does not have (a best class, where it has no classes) is passed over;
+    an output to which none applies needs `FALLBACK_SQNR_DB`.
+    """
+
+    min_top_1: float | None = None
+    min_top_k: float | None = None
+    min_sqnr_db: float | None = None
+    max_abs: float | None = None
+
+
+def list_objections(parity: Parity, bounds: Bounds) -> list[str]:
+    """Return what of an output is outside the bounds, with its figure; NaN is outside of all."""
+    found: list[str] = []
+    is_judged = False
+    for what, value, least, unit in (
+        ("agreement", parity.top_1, bounds.min_top_1, ""),
+        ("top-5 agreement", parity.top_k, bounds.min_top_k, ""),
+        ("SQNR", parity.sqnr_db, bounds.min_sqnr_db, " dB"),
+    ):
+        if least is None or value is None:
+            continue
+        is_judged = True
+        if not value >= least:
+            found.append(f"{parity.name}: {what} {value:.4g}{unit}, at least {least:g} asked")
+    if bounds.max_abs is not None and parity.max_abs is not None:
+        is_judged = True
+        if not parity.max_abs <= bounds.max_abs:
+            off = f"off by {parity.max_abs:.4g}, at most {bounds.max_abs:g} asked"
+            found.append(f"{parity.name}: {off}")
+    if not is_judged and parity.sqnr_db is not None and not parity.sqnr_db >= FALLBACK_SQNR_DB:
+        level = f"SQNR {parity.sqnr_db:.4g} dB, at least {FALLBACK_SQNR_DB:g} asked"
+        found.append(f"{parity.name}: {level}")
+    return found

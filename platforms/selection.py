@@ -53,6 +53,10 @@ class Preference:
     runtime: str
     reason: str
 
+    def is_other(self, than: "Preference") -> bool:
+        """Say whether it is another artifact or runtime."""
+        return (self.file, self.runtime) != (than.file, than.runtime)
+
 
 @dataclass(frozen=True)
 class Selection:

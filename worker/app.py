@@ -43,6 +43,7 @@ from platforms.heap import limit_heaps
 from platforms.resources import read_resources
 from platforms.selection import Preference
 from platforms.spec import PlatformSpec
+from platforms.threads import choose_concurrency, compute_sizes
 from worker.crashes import report_predecessors
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.configured import configure, warm_up
@@ -52,7 +53,6 @@ from worker.engine.memory import MemoryBudget
 from worker.engine.routing import TrafficRouter
 from worker.engine.sessions import LoadedModel, ModelKey
 from worker.engine.shadow import Shadow
-from worker.engine.threads import compute_sizes
 from worker.engine.watch import EngineWatch
 from worker.errors import WorkerError
 from worker.frontend import Frontend, build_costs
@@ -164,7 +164,7 @@ class Worker:
         if self._settings.worker.concurrency:
             return self._settings.worker.concurrency
         data_dir = self._settings.data_dir
-        return max(1, int((find_platform(data_dir) or look_at_box(data_dir)).cores))
+        return choose_concurrency((find_platform(data_dir) or look_at_box(data_dir)).cores, 0)
 
     def run(self) -> int:
         """Serve until SIGTERM; return the exit code."""

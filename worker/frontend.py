@@ -100,7 +100,7 @@ class Frontend:
 
     def _serve(self) -> None:
         try:
-            from worker.metrics import EngineCollector, build_registry, render
+            from worker.metrics import EngineCollector, ShadowCollector, build_registry, render
             from worker.rest.management import Extras
             from worker.rest.predict import EnginePredictor
             from worker.rest.server import HttpServer
@@ -120,6 +120,8 @@ class Frontend:
         )
         registry = build_registry(service)
         registry.register(EngineCollector(engine, cache))
+        if self._shadow is not None:
+            registry.register(ShadowCollector(self._shadow))
         extras = Extras(
             EnginePredictor(lambda: engine, repository), render_metrics=lambda: render(registry)
         )

@@ -25,10 +25,12 @@ from agent.faults import reach
 from agent.jobs import JobState
 from agent.lifecycle import UpdateParams
 from agent.platformfile import load_platform
+from agent.release import BUNDLES
 from agent.repository import ModelRepository, ModelVersion
+from agent.tasks import STAGED
 from platforms.errors import PlatformError
+from platforms.threads import choose_concurrency, compute_sizes
 from worker.engine.control import InferError
-from worker.engine.threads import compute_sizes
 from worker.errors import NotProvenError, WorkerError
 from worker.outcome import build_outcome
 from worker.runs import STATES, Run
@@ -37,13 +39,8 @@ from worker.staging.trial import TrialLimits
 
 log = logging.getLogger(__name__)
 
-STAGED = "staged"
-"""Key of a result that is for the agent's updater."""
-
 _MEMORY_SHARE = 0.5
 _UNIT = "trials"
-RELEASES = "_releases"
-"""Folder of the inbox that bundle files are in."""
 
 
 class _StoppedError(Exception):
@@ -153,7 +150,7 @@ class Maintainer:
     def _find_bundle(self, job: _Job) -> Path | None:
         if job.params.bundle is None:
             return None
-        folder = (self._settings.inbox_dir / RELEASES).resolve()
+        folder = (self._settings.inbox_dir / BUNDLES).resolve()
         path = (folder / job.params.bundle).resolve()
         if not path.is_relative_to(folder):
             msg = f"params.bundle: {job.params.bundle!r} is not below {folder}"
@@ -171,9 +168,8 @@ class Maintainer:
 
     def _stage(self, run: Run, job: _Job, version: ModelVersion) -> ChoiceRecord:
         spec = load_platform(self._settings.data_dir)
-        threads, _ = compute_sizes(
-            spec.cores, self._settings.worker.concurrency or max(1, int(spec.cores))
-        )
+        concurrency = choose_concurrency(spec.cores, self._settings.worker.concurrency or 0)
+        threads, _ = compute_sizes(spec.cores, concurrency)
 
         def report(done: int, total: int, _next: str) -> None:
             _check(run, job.id)

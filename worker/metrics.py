@@ -13,6 +13,7 @@ from typing import Any
 from worker.engine.engine import Engine
 from worker.engine.responses import CacheStats, ResponseCache
 from worker.engine.service import Duration, ModelStats, Service
+from worker.engine.shadow import Shadow, ShadowCounts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # prometheus_client would put `_total` behind a counter's name, which Triton's do not have.
@@ -39,6 +40,12 @@ _TIMES: tuple[tuple[str, str, Callable[[ModelStats], Duration]], ...] = (
     ),
     ("nv_cache_hit_duration_per_model", "Of hits, in µs.", lambda s: s.cache_hit),
     ("nv_cache_miss_duration_per_model", "Of misses, in µs.", lambda s: s.cache_miss),
+)
+_SHADOW_COUNTS: tuple[tuple[str, str, Callable[[ShadowCounts], int]], ...] = (
+    ("compared", "Answers of a version in shadow beside the active one's.", lambda c: c.compared),
+    ("agreed", "Those that were the same for whoever asked.", lambda c: c.agreed),
+    ("failed", "Copies that the version in shadow could not answer.", lambda c: c.failed),
+    ("dropped", "Copies that were not run, as too many waited.", lambda c: c.dropped),
 )
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 
@@ -107,6 +114,29 @@ class ServiceCollector:
             ],
             kind="gauge",
         )
+
+
+class ShadowCollector:
+    """Collects what came of copies that a candidate saw; a collector of prometheus_client.
+
+    Args:
+        shadow: that compares.
+    """
+
+    def __init__(self, shadow: Shadow) -> None:
+        self._shadow = shadow
+
+    def collect(self) -> Iterator[Any]:
+        """Yield all families; nothing where there is no candidate in shadow."""
+        found = self._shadow.list_counts()
+        for name, what, count in _SHADOW_COUNTS:
+            yield _build(
+                f"edgeward_shadow_{name}",
+                what,
+                [({"model": m, "version": v}, count(counts)) for (m, v), counts in found.items()],
+                suffix="_total",
+                kind="counter",
+            )
 
 
 class EngineCollector:

@@ -29,8 +29,8 @@ _DESIRED = "desired"
 _TRIED = "desired_tried"
 
 Call = Callable[[Callable[[Connection], Any]], Any]
-SubmitUpdate = Callable[[str, DesiredModel], str]
-"""From a model and what is wanted of it to the id of the update job in the ledger."""
+SubmitUpdate = Callable[[str, DesiredModel, str | None], str]
+"""From a model, what is wanted of it and a `dedupe_key` to the id of the update job."""
 FindOpen = Callable[[Connection, list[str]], set[str]]
 Share = Callable[[str, Traffic | None], None]
 
@@ -147,7 +147,7 @@ class Convergence:
         if tried is not None and tried["mark"] == mark and not self._was_refused_a_turn(name):
             return
         window = wanted.window or desired.window
-        job_id = self._submit(name, wanted.model_copy(update={"window": window}))
+        job_id = self._submit(name, wanted.model_copy(update={"window": window}), None)
         log.info("%s: release %s is wanted: job %s", name, wanted.release, job_id)
         self._tried[name] = {"mark": mark, "job": job_id}
 

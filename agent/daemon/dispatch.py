@@ -28,11 +28,11 @@ from sqlalchemy import Connection
 
 from agent.clock import Clock
 from agent.commands import UPDATE, describe, encode, hash_text, new_id
-from agent.config import QueueSettings
 from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
 from agent.errors import QuarantinedError
 from agent.faults import reach
 from agent.jobs import Lane, Reason
+from agent.sections import QueueSettings
 from agent.store.facts import FLOORS, read_fact
 from agent.store.ledger import EndedJob, Ledger, ReadyJob
 from agent.store.options import read_options

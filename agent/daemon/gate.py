@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 
 from agent.jobs import Reason
 from agent.latency import compute_percentile_ms
-from agent.lifecycle import Probation
+from agent.lifecycle import NOTICEABLE_MS, Probation
 from agent.tasks import FiguresBody, VersionFigures
 
 ENOUGH = 100
 """Answers that a percentile needs on either side."""
 ENOUGH_COPIES = 20
-NOTICEABLE_MS = 1.0
-"""A p95 that grew by less is nobody's trouble, however many times it is."""
 
 _COUNTS = ("success", "failed", "compared", "agreed", "shadow_failed")
 

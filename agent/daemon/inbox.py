@@ -58,7 +58,7 @@ from agent.errors import (
 from agent.faults import reach
 from agent.fileio import append_line, fsync_dir, write_atomic
 from agent.jobs import ENDS, JobState, Source
-from agent.release import find_bundled
+from agent.release import BUNDLES, find_bundled
 from agent.store.ledger import EndedJob, NewJob
 from agent.topics import JOB_ID_PATTERN
 
@@ -68,8 +68,6 @@ WORK = ".work"
 DONE = "done"
 FAILED = "failed"
 COMMANDS = "_commands"
-RELEASES = "_releases"
-"""Bundle files, which become update jobs."""
 _RESERVED = {WORK, DONE, FAILED}
 _PARTIAL_SUFFIXES = (".part", ".partial", ".tmp", ".crdownload", "~")
 _SEPARATOR = "__"
@@ -185,7 +183,7 @@ class Inbox(threading.Thread):
 
     def _iter_models(self) -> Iterator[Path]:
         for folder in sorted(self._inbox.iterdir()):
-            if folder.name[0] in "._" and folder.name != RELEASES:
+            if folder.name[0] in "._" and folder.name != BUNDLES:
                 continue
             try:
                 is_folder = folder.is_dir() and not folder.is_symlink()
@@ -246,7 +244,7 @@ class Inbox(threading.Thread):
 
     def _submit(self, job_id: str, path: Path) -> None:
         self._submitted.add(job_id)
-        if path.parent.parent.name == RELEASES:
+        if path.parent.parent.name == BUNDLES:
             job = self._build_update(job_id, path)
         else:
             body = {
@@ -274,7 +272,7 @@ class Inbox(threading.Thread):
             "job_id": job_id,
             "model": model,
             "version": version,
-            "params": {"bundle": str(path.relative_to(self._inbox / RELEASES))},
+            "params": {"bundle": str(path.relative_to(self._inbox / BUNDLES))},
         }
         envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
         return self._check(envelope, job_id, Source.FOLDER)

@@ -20,9 +20,9 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from agent.clock import Clock
-from agent.config import MetricsSettings
 from agent.errors import MetricsError, StoreError
 from agent.jobs import JobState
+from agent.sections import MetricsSettings
 from agent.store.database import open_reader
 from agent.store.outbox import Rank, measure_classes
 from agent.store.transitions import EndedJob

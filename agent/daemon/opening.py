@@ -14,9 +14,9 @@ from sqlalchemy import Connection, Engine, select
 
 from agent.clock import Clock
 from agent.daemon.storage import Storage
-from agent.errors import StorageFullError
+from agent.errors import StorageFullError, StoreError
 from agent.sdnotify import notify
-from agent.store.database import free_room, migrate, transaction
+from agent.store.database import free_room, migrate, shrink, transaction
 from agent.store.ledger import Ledger
 from agent.store.outbox import save_counter
 from agent.store.recovery import Recovery, claim_ledger, prepare_ledger
@@ -72,8 +72,20 @@ def open_ledger(
             raise
         log.warning("the disk is full: the reserve is freed")
         attempt()
+    _shrink(engine, storage)
     storage.maintain()
     return Opened(claim, recovery)
+
+
+def _shrink(engine: Engine, storage: Storage) -> None:
+    """Make the file smaller where most of it is free; the start goes on without."""
+    try:
+        freed = shrink(engine, storage.describe()["free_bytes"])
+    except StoreError as exc:
+        log.warning("the ledger's free pages stay in its file: %s", exc)
+        return
+    if freed:
+        log.info("the ledger gave %d bytes back to the disk", freed)
 
 
 def _extend_start() -> None:

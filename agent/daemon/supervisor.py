@@ -51,6 +51,7 @@ from agent.errors import MetricsError, StoreDamagedError, StoreError
 from agent.faults import reach
 from agent.fileio import write_atomic
 from agent.jobs import Source
+from agent.lease import list_leases
 from agent.lifecycle import DesiredModel
 from agent.platformfile import find_platform, load_platform
 from agent.repository import ModelRepository
@@ -320,7 +321,16 @@ class Agent:
         """Look at the box for the predicates of maintenance windows."""
         resources = read_resources(self._settings.data_dir)
         is_idle = self._dispatcher.count_under_way() == 0
-        return BoxView(is_idle, resources.temperature_c, read_is_on_mains())
+        leases = list_leases(self._settings.leases_dir, self._clock)
+        held = "; ".join(f"{one.name} {one.why}".strip() for one in leases)
+        free_bytes = self._storage.describe()["free_bytes"]
+        return BoxView(
+            is_idle,
+            resources.temperature_c,
+            read_is_on_mains(),
+            None if free_bytes is None else free_bytes / 10**6,
+            held or None,
+        )
 
     def _report_takeover(self, times: int) -> None:
         body: dict[str, object] = {
@@ -418,7 +428,7 @@ class Agent:
             (path.parent.name, path.lstat().st_mtime_ns)
             for path in sorted(self._settings.models_dir.glob("*/current"))
         )
-        stamp = (self._updater.stamp, *links)
+        stamp = (self._updater.report.stamp, *links)
         if stamp != self._models_stamp:
             self._models_stamp = stamp
             self._presence.publish_reported()
@@ -464,7 +474,9 @@ class Agent:
         if self._settings.inbox.enabled:
             self._inbox.notify_ended(ended)
 
-    def _submit_update(self, model: str, wanted: DesiredModel) -> str:
+    def _submit_update(
+        self, model: str, wanted: DesiredModel, dedupe_key: str | None = None
+    ) -> str:
         """Put an update job into the ledger, as if a console had sent it; return its id."""
         job_id = new_id()
         params = wanted.model_dump(
@@ -476,6 +488,7 @@ class Agent:
             "model": model,
             "version": wanted.release,
             "params": params,
+            **({} if dedupe_key is None else {"dedupe_key": dedupe_key}),
         }
         envelope = Envelope(v=1, id=job_id, type=SUBMIT, body=body)
         text = encode_body(body)
@@ -520,7 +533,7 @@ class Agent:
                 "previous": previous and {"version": previous.number, "release": previous.release},
                 "versions": [item.number for item in versions],
             }
-        return self._updater.describe(models)
+        return self._updater.report.describe(models)
 
     def _measure(self) -> Mapping[str, Any]:
         """Return the heartbeat's body."""

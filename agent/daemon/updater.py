@@ -16,22 +16,25 @@ end of a probation commits; a candidate that failed is marked bad and not tried 
 Source: docs/lifecycle.md.
 """
 
-import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
+from agent.choice import compute_digest, sweep_choices
 from agent.clock import Clock
-from agent.commands import encode
 from agent.config import Settings
 from agent.daemon.convergence import Convergence, SubmitUpdate
 from agent.daemon.gate import FigureBook, Tally, find_objection, is_enough, subtract
 from agent.daemon.messages import Ended
+from agent.daemon.model_report import ModelReport
+from agent.daemon.remeasuring import Remeasuring
+from agent.daemon.staged import StagedIntake
+from agent.daemon.update_ends import UpdateEnds
 from agent.errors import (
     AgentError,
     DigestMismatchError,
@@ -42,20 +45,16 @@ from agent.errors import (
 )
 from agent.faults import reach
 from agent.jobs import JobState, Reason
-from agent.lifecycle import Desired, Phase, UpdateParams
+from agent.lifecycle import Desired, Phase
 from agent.repository import ModelRepository
 from agent.store import deployments as store
 from agent.store.deployments import Deployment
-from agent.store.facts import FLOORS, read_fact, save_fact
 from agent.store.ledger import CrashReport, EndedJob, Ledger, Outcome
-from agent.tasks import FiguresBody
+from agent.tasks import STAGED, FiguresBody
 from agent.traffic import Traffic, find_traffic, write_traffic
-from agent.window import BoxView, find_closed
+from agent.window import BoxView, Window, find_closed
 
 log = logging.getLogger(__name__)
-
-STAGED = "staged"
-"""Key of a maintenance worker's result that is for the updater."""
 
 _TURN_S = 0.25
 _IDLE_S = 2.0
@@ -102,21 +101,27 @@ class Updater(threading.Thread):
         self._read_figures = read_figures
         self._view_box = view_box
         self._root = settings.models_dir
+        self._choices = settings.choices_dir
         self._keep_versions = settings.updates.keep_versions
         self._probation_s = settings.updates.probation_s
-        self.convergence = Convergence(
-            clock, repository, call, ledger.find_open, submit, cancel, self._share_lasting
+        self._ends = UpdateEnds(clock, ledger)
+        self._staged = StagedIntake(clock, ledger, self._ends, self._find_active)
+        self._convergence = Convergence(
+            clock,
+            repository,
+            call,
+            ledger.find_open,
+            submit,
+            cancel,
+            self._share_lasting,
         )
+        self._remeasuring = Remeasuring(settings, repository, submit)
+        self.report = ModelReport(self._convergence)
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._books: dict[str, FigureBook] = {}
         self._starts: dict[str, dict[int, Tally]] = {}
-        self._crashes: list[CrashReport] = []
-        self._lock = threading.Lock()
-        self._view: dict[str, Any] = {}
         self.turns = 0
-        self.stamp = 0
-        """Another number whenever what is reported has changed."""
 
     # --- inside the writer's transaction ------------------------------------------------------
 
@@ -126,115 +131,38 @@ class Updater(threading.Thread):
         for one in store.list_deployments(tx):
             if one.boot_id != boot and one.phase in _TOUCHED:
                 text = "the machine was restarted before the new version was committed"
-                self._turn_back(tx, one, Reason("power_lost", text))
-        self._refresh(tx)
+                _turn_back(tx, one, Reason("power_lost", text))
+        self.report.refresh(tx)
 
     def take(
         self, tx: Connection, outcomes: Sequence[Outcome]
     ) -> tuple[list[Outcome], list[EndedJob]]:
         """Keep what a maintenance worker says of a staging; return the other outcomes."""
-        rest: list[Outcome] = []
-        ended: list[EndedJob] = []
-        for outcome in outcomes:
-            staged = outcome.result.get(STAGED) if outcome.result is not None else None
-            if staged is not None and staged.get("floors") is not None:
-                self._raise_floors(tx, staged["floors"])
-            if staged is None:
-                rest.append(outcome)
-            elif outcome.state is JobState.SUCCEEDED:
-                ended += self._deploy(tx, outcome, staged)
-            else:
-                self._refuse(tx, outcome, staged)
-                rest.append(outcome._replace(result=None))
+        rest, ended = self._staged.take(tx, outcomes)
+        if len(rest) < len(outcomes) or any(STAGED in (one.result or {}) for one in outcomes):
+            self.report.refresh(tx)
+            self._wake.set()
         return rest, ended
-
-    def _raise_floors(self, tx: Connection, found: Mapping[str, Any]) -> None:
-        """Keep what a worker has seen signed: nothing older is taken from now on.
-
-        Committed with the outcome, and so before anything of the release is activated.
-        """
-        known = json.loads(read_fact(tx, FLOORS) or "{}")
-        # New keys of the repository's own roles begin their versions anew; a worker says so.
-        versions = dict(found["versions"])
-        if known.get("versions", {}).get("root", 0) == versions.get("root", 0):
-            for role, version in known.get("versions", {}).items():
-                versions[role] = max(version, versions.get(role, 0))
-        time_ms = max(int(found["time_ms"]), int(known.get("time_ms", 0)))
-        save_fact(tx, FLOORS, encode({"time_ms": time_ms, "versions": versions}))
-
-    def _deploy(
-        self, tx: Connection, outcome: Outcome, staged: Mapping[str, Any]
-    ) -> list[EndedJob]:
-        row = self._ledger.hold(tx, outcome)
-        if row is None:
-            return []
-        model, number = str(staged["model"]), int(staged["number"])
-        reach("update.staged")
-        params = staged["params"]
-        one = Deployment(
-            model=model,
-            job_id=outcome.job_id,
-            release=str(staged["release"]),
-            number=number,
-            digest=str(staged["digest"]),
-            previous=None,
-            older=None,
-            phase=Phase.WAITING,
-            params=UpdateParams.model_validate(params),
-            boot_id=self._clock.boot_id(),
-            since_ms=self._clock.wall_ms(),
-            since_boot_ms=self._clock.boot_ms(),
-            detail={"choice": staged.get("choice")},
-        )
-        why = self._find_obstacle(tx, one)
-        if why is not None:
-            return self._end(tx, one, JobState.FAILED, "failed", why)
-        store.forgive(tx, one.digest)
-        store.save_deployment(tx, one)
-        self._refresh(tx)
-        self._wake.set()
-        return []
-
-    def _find_obstacle(self, tx: Connection, one: Deployment) -> Reason | None:
-        bad = store.read_bad(tx).get(one.digest)
-        if bad is not None and not one.params.force:
-            text = f"it failed on this box before: {bad['reason']}; send it with force to try again"
-            return Reason("version_bad", text)
-        other = store.find_deployment(tx, one.model)
-        if other is not None and other.job_id != one.job_id:
-            text = f"release {other.release} of {one.model} is on its way; wait for its end"
-            return Reason("update_in_progress", text)
-        return None
-
-    def _refuse(self, tx: Connection, outcome: Outcome, staged: Mapping[str, Any]) -> None:
-        """Mark a version that staging refused, unless its outcome comes too late to count."""
-        if outcome.job_id not in self._ledger.find_open(tx, [outcome.job_id]):
-            return
-        model, release = str(staged["model"]), str(staged["release"])
-        store.mark_bad(
-            tx,
-            digest=str(staged["digest"]),
-            model=model,
-            release=release,
-            code=outcome.reason.code,
-            reason=outcome.reason.message,
-            since_ms=self._clock.wall_ms(),
-        )
-        self._save_state(tx, model, "failed", release, outcome.reason, staged)
-        self._refresh(tx)
 
     def want(self, tx: Connection, desired: Desired) -> None:
         """Take note of what the console wants."""
-        if self.convergence.want(tx, desired):
-            self._refresh(tx)
+        if self._convergence.want(tx, desired):
+            self.report.refresh(tx)
             self._wake.set()
 
-    def settle(self, crashes: Sequence[CrashReport]) -> None:
-        """Take note, after a commit, of crashes that were told in it."""
-        if crashes:
-            with self._lock:
-                self._crashes += crashes
-            self._wake.set()
+    def note_crashes(self, tx: Connection, crashes: Sequence[CrashReport]) -> None:
+        """Turn back whatever a crash is blamed on, in the transaction that takes note of it.
+
+        So an agent that is killed next still knows.
+        """
+        if not crashes:
+            return
+        for one in store.list_deployments(tx):
+            blamed = _find_crash(one, crashes) if one.phase in _TOUCHED else None
+            if blamed is not None:
+                _turn_back(tx, one, blamed)
+                self._wake.set()
+        self.report.refresh(tx)
 
     # --- the thread -----------------------------------------------------------------------------
 
@@ -262,22 +190,17 @@ class Updater(threading.Thread):
         if self.is_alive():
             self.join(10.0)
 
-    def wake(self) -> None:
-        """Look at once."""
-        self._wake.set()
-
     def _turn(self) -> bool:
         """Take one step of each deployment; say whether there are any."""
         under_way = self._call(self._load)
-        with self._lock:
-            crashes, self._crashes = self._crashes, []
         for one, is_open in under_way:
             try:
-                self._step(one, crashes, is_open=is_open)
+                self._step(one, is_open=is_open)
             except AgentError as exc:
                 log.warning("%s: %s; trying again", one.model, exc)
         busy = {one.model: one.job_id for one, _ in under_way}
-        self.convergence.step(busy)
+        self._convergence.step(busy)
+        self._remeasuring.step(busy)
         self._books = {model: book for model, book in self._books.items() if model in busy}
         return bool(under_way)
 
@@ -286,14 +209,10 @@ class Updater(threading.Thread):
         open_jobs = self._ledger.find_open(tx, [one.job_id for one in found]) if found else set()
         return [(one, one.job_id in open_jobs) for one in found]
 
-    def _step(self, one: Deployment, crashes: Sequence[CrashReport], *, is_open: bool) -> None:
+    def _step(self, one: Deployment, *, is_open: bool) -> None:
         is_leaving = one.phase in (Phase.ROLLING_BACK, Phase.COMMITTING)
         if not is_open and not is_leaving:
             self._leave(one, Reason("canceled", "the update job was cancelled"))
-            return
-        blamed = self._find_crash(one, crashes) if one.phase in _TOUCHED else None
-        if blamed is not None:
-            self._leave(one, blamed)
             return
         steps: dict[str, Callable[[Deployment], None]] = {
             Phase.WAITING: self._wait,
@@ -319,29 +238,15 @@ class Updater(threading.Thread):
         self._call(finish)
         self._forget(one.model)
 
-    def _find_crash(self, one: Deployment, crashes: Sequence[CrashReport]) -> Reason | None:
-        """Return why a crash is the candidate's, or nobody else's to be."""
-        for crash in crashes:
-            is_mine = (crash.model, crash.version) == (one.model, str(one.number))
-            if crash.signal == "hang" and is_mine:
-                limit_s = one.params.probation.hang_s
-                text = f"a run of the new version lasted longer than {limit_s:g} s"
-                return Reason("probation_hang", text)
-            if is_mine or not crash.model:
-                text = f"the serving process crashed ({crash.signal}) while it had the new version"
-                return Reason("probation_crash", text)
-        return None
-
     # --- phases -----------------------------------------------------------------------------
 
     def _wait(self, one: Deployment) -> None:
-        window = one.params.window
-        if window is not None:
-            now = datetime.fromtimestamp(self._clock.wall_ms() / 1000)
-            closed = find_closed(window, now, self._view_box())
-            if closed is not None:
-                self._note_wait(one, closed.why)
-                return
+        now = datetime.fromtimestamp(self._clock.wall_ms() / 1000)
+        # A box that is not to be disturbed is left alone at any time.
+        closed = find_closed(one.params.window or Window(), now, self._view_box())
+        if closed is not None:
+            self._note_wait(one, closed.why)
+            return
         active, older = self._read_links(one.model)
         one = replace(one, previous=active if active != one.number else None, older=older)
         if active == one.number:
@@ -361,11 +266,7 @@ class Updater(threading.Thread):
         if one.detail.get("waits") == why:
             return
 
-        def note(tx: Connection) -> None:
-            store.save_deployment(tx, replace(one, detail={**one.detail, "waits": why}))
-            self._refresh(tx)
-
-        self._call(note)
+        self._replace(one, replace(one, detail={**one.detail, "waits": why}))
 
     def _watch_shadow(self, one: Deployment) -> None:
         rollout = one.params.rollout
@@ -448,15 +349,7 @@ class Updater(threading.Thread):
         def finish(tx: Connection) -> Ended:
             store.delete_deployment(tx, one.model)
             if is_guilty(reason):
-                store.mark_bad(
-                    tx,
-                    digest=one.digest,
-                    model=one.model,
-                    release=one.release,
-                    code=reason.code,
-                    reason=reason.message,
-                    since_ms=self._clock.wall_ms(),
-                )
+                self._ends.mark_bad(tx, one.digest, one.model, one.release, reason)
             return Ended(self._end(tx, one, JobState.FAILED, "rolled_back", reason))
 
         self._call(finish)
@@ -475,6 +368,18 @@ class Updater(threading.Thread):
             if item.number not in kept:
                 log.info("%s: version %d is removed, it is too old", model, item.number)
                 self._repository.remove(model, str(item.number))
+        self._sweep_choices()
+
+    def _sweep_choices(self) -> None:
+        folders = [
+            item.folder
+            for name in self._repository.list_models()
+            for item in self._repository.list_versions(name)
+        ]
+        try:
+            sweep_choices(self._choices, {compute_digest(folder) for folder in folders})
+        except OSError as exc:
+            log.warning("records of choices are not swept: %s", exc)
 
     def _restore(self, one: Deployment) -> None:
         try:
@@ -539,6 +444,13 @@ class Updater(threading.Thread):
             return 0.0
         return (self._clock.boot_ms() - one.since_boot_ms) / 1000
 
+    def _find_active(self, model: str) -> int | None:
+        try:
+            return self._read_links(model)[0]
+        except ModelError:
+            # Removed meanwhile.
+            return None
+
     def _read_links(self, model: str) -> tuple[int | None, int | None]:
         versions = self._repository.list_versions(model)
         active = next((item.number for item in versions if item.is_active), None)
@@ -560,128 +472,37 @@ class Updater(threading.Thread):
             since_boot_ms=self._clock.boot_ms(),
             detail=detail,
         )
-
-        def save(tx: Connection) -> None:
-            store.save_deployment(tx, entered)
-            self._refresh(tx)
-
-        self._call(save)
+        self._replace(one, entered)
         self._starts.pop(one.model, None)
         self._wake.set()
 
     def _leave(self, one: Deployment, reason: Reason) -> None:
         log.warning("%s: release %s must go back: %s", one.model, one.release, reason.message)
-
-        def save(tx: Connection) -> None:
-            self._turn_back(tx, one, reason)
-            self._refresh(tx)
-
-        self._call(save)
+        self._replace(one, _build_turned_back(one, reason))
         self._wake.set()
 
-    def _turn_back(self, tx: Connection, one: Deployment, reason: Reason) -> None:
-        detail = {
-            **one.detail,
-            "code": reason.code,
-            "message": reason.message,
-            "failed_in": one.phase,
-        }
-        store.save_deployment(tx, replace(one, phase=Phase.ROLLING_BACK, detail=detail))
+    def _replace(self, known: Deployment, one: Deployment) -> None:
+        """Commit a deployment as it is to be, unless a crash has changed it meanwhile."""
+
+        def save(tx: Connection) -> None:
+            found = store.find_deployment(tx, known.model)
+            if found is None or (found.job_id, found.phase) != (known.job_id, known.phase):
+                return
+            store.save_deployment(tx, one)
+            self.report.refresh(tx)
+
+        self._call(save)
 
     def _end(
         self, tx: Connection, one: Deployment, state: JobState, status: str, reason: Reason
     ) -> list[EndedJob]:
-        """End the update job, and keep what is reported of the model."""
-        result = None
-        if state is JobState.SUCCEEDED:
-            result = {
-                "model": one.model,
-                "release": one.release,
-                "version": one.number,
-                "update": dict(one.detail),
-            }
-        ended = self._ledger.finish(tx, one.job_id, state, reason, result)
-        self._save_state(tx, one.model, status, one.release, reason, one.detail)
-        event: dict[str, object] = {
-            "code": reason.code,
-            "message": reason.message,
-            "model": one.model,
-            "release": one.release,
-            "status": status,
-        }
-        self._ledger.add_event(tx, "model_updated", event)
-        self._refresh(tx)
+        ended = self._ends.end(tx, one, state, status, reason)
+        self.report.refresh(tx)
         return ended
-
-    def _save_state(
-        self,
-        tx: Connection,
-        model: str,
-        status: str,
-        release: str,
-        reason: Reason,
-        detail: Mapping[str, Any],
-    ) -> None:
-        store.save_state(
-            tx,
-            model,
-            status=status,
-            release=release,
-            code=reason.code,
-            message=reason.message,
-            at_ms=self._clock.wall_ms(),
-            detail=encode(dict(detail)),
-        )
 
     def _forget(self, model: str) -> None:
         self._books.pop(model, None)
         self._starts.pop(model, None)
-
-    # --- what is reported -----------------------------------------------------------------------
-
-    def _refresh(self, tx: Connection) -> None:
-        """Read again what is reported; inside the transaction that has changed it."""
-        self._view = {
-            "deployments": {one.model: one for one in store.list_deployments(tx)},
-            "states": store.read_states(tx),
-            "bad": store.read_bad(tx),
-            "desired": self.convergence.read(tx),
-        }
-        self.stamp += 1
-
-    def describe_followed(self) -> dict[str, Any]:
-        """Return which desired document is followed, for a sync."""
-        desired = self._view.get("desired")
-        if desired is None:
-            return {"epoch": None, "desired_version": None}
-        return {"epoch": desired.epoch, "desired_version": desired.version}
-
-    def describe(self, models: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of `reported`: the models' versions with how their updates stand."""
-        view = self._view
-        found = {name: dict(entry) for name, entry in models.items()}
-        for name, state in view.get("states", {}).items():
-            entry = found.setdefault(name, {"active": None, "previous": None, "versions": []})
-            entry["status"] = state["status"]
-            entry["reason"] = {"code": state["code"], "message": state["message"]}
-            entry["last"] = {"release": state["release"], **_shorten(state["detail"])}
-        for name, one in view.get("deployments", {}).items():
-            entry = found.setdefault(name, {"active": None, "previous": None, "versions": []})
-            entry["status"] = "deferred" if "waits" in one.detail else "applying"
-            why = one.detail.get("waits") or one.detail.get("message", "")
-            entry["reason"] = {"code": one.phase, "message": why}
-            entry["candidate"] = {
-                "version": one.number,
-                "release": one.release,
-                "state": one.phase,
-                "job_id": one.job_id,
-            }
-        for digest, bad in view.get("bad", {}).items():
-            if bad["model"] in found:
-                found[bad["model"]].setdefault("bad", []).append(
-                    {"digest": digest, "release": bad["release"], "reason": bad["reason"]}
-                )
-        return self.convergence.describe(found, view.get("desired"))
 
 
 def is_guilty(reason: Reason) -> bool:
@@ -689,7 +510,29 @@ def is_guilty(reason: Reason) -> bool:
     return reason.code not in ("canceled", "changed_locally", "power_lost", "repository_busy")
 
 
-def _shorten(detail: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in detail.items() if k in ("choice", "probation", "failed_in")}
-    copied: dict[str, Any] = json.loads(json.dumps(kept))
-    return copied
+def _find_crash(one: Deployment, crashes: Sequence[CrashReport]) -> Reason | None:
+    """Return why a crash is the candidate's, or nobody else's to be."""
+    for crash in crashes:
+        is_mine = (crash.model, crash.version) == (one.model, str(one.number))
+        if crash.signal == "hang" and is_mine:
+            limit_s = one.params.probation.hang_s
+            text = f"a run of the new version lasted longer than {limit_s:g} s"
+            return Reason("probation_hang", text)
+        if is_mine or not crash.model:
+            text = f"the serving process crashed ({crash.signal}) while it had the new version"
+            return Reason("probation_crash", text)
+    return None
+
+
+def _turn_back(tx: Connection, one: Deployment, reason: Reason) -> None:
+    store.save_deployment(tx, _build_turned_back(one, reason))
+
+
+def _build_turned_back(one: Deployment, reason: Reason) -> Deployment:
+    detail = {
+        **one.detail,
+        "code": reason.code,
+        "message": reason.message,
+        "failed_in": one.phase,
+    }
+    return replace(one, phase=Phase.ROLLING_BACK, detail=detail)

@@ -386,7 +386,7 @@ class Writer(threading.Thread):
         if batch.syncs or any(isinstance(item, Connected) for item in batch.connections):
             effects.sync = self._ledger.describe_open(tx)
             effects.sync["outbox_depth"] = count_records(tx)
-            effects.sync.update(self._updater.describe_followed())
+            effects.sync.update(self._updater.report.describe_followed())
 
     def _write_progress(self, tx: Connection, batch: _Batch, effects: _Effects) -> None:
         started = [task_id for item in batch.started for task_id in item.task_ids]
@@ -400,6 +400,7 @@ class Writer(threading.Thread):
             reach("outcome.written")
         for crashed in batch.crashes:
             effects.ended += self._ledger.record_crash(tx, crashed.report)
+        self._updater.note_crashes(tx, [crashed.report for crashed in batch.crashes])
         for item in batch.released:
             quarantine.release(tx, item.model, item.version)
         if batch.crashes or batch.released:
@@ -420,7 +421,6 @@ class Writer(threading.Thread):
         self._dispatcher.send(effects.dispatched.tasks)
         if effects.blocked is not None:
             self._on_quarantine(effects.blocked)
-        self._updater.settle([item.report for item in batch.crashes])
         for future, value in effects.answers:
             future.set_result(value)
         for effect in self._list_effects(batch, effects):

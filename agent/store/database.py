@@ -41,6 +41,10 @@ _CHECKPOINT_PAGES_MIN = 32
 _WAL_SHARE = 64
 _PAGE_BYTES = 4096
 _CUT_BUSY_MS = 500
+_SHRINK_BYTES = 16 << 20
+"""Less is not worth it: the file grows into its free pages again."""
+_SHRINK_BYTES_MAX = 64 << 20
+"""More takes too long on a slow card."""
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _UNREADABLE = (
     sqlite3.SQLITE_IOERR_READ,
@@ -156,6 +160,39 @@ def cut_log(engine: Engine) -> bool:
         # Among others: there is no room even for the memory that SQLite shares.
         log.warning("the ledger's log could not be cut: %s", exc)
         return False
+
+
+def shrink(engine: Engine, free_bytes: int | None) -> int:
+    """Give the disk back what the file has free inside, where that is much; return the bytes.
+
+    `VACUUM` writes what is live once more, so it is left alone where that is large or where there
+    is no room for it. No transaction may be open.
+
+    Args:
+        engine: the ledger.
+        free_bytes: on its disk; None where that is not known.
+
+    Raises:
+        StorageFullError, StoreDamagedError, StoreError: as `transaction`.
+    """
+    try:
+        with contextlib.closing(engine.raw_connection()) as connection:
+            raw: Any = connection.driver_connection
+            pages, free, size = (
+                raw.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+            live_bytes = (pages - free) * size
+            if free * size < _SHRINK_BYTES or free < pages // 2 or live_bytes > _SHRINK_BYTES_MAX:
+                return 0
+            # Once in the log, once in the file.
+            if free_bytes is None or free_bytes < 2 * live_bytes + _SHRINK_BYTES:
+                return 0
+            raw.execute("VACUUM")
+            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.DatabaseError as exc:
+        raise translate(exc, exc) from exc
+    return int(free * size)
 
 
 def free_room(engine: Engine, release: Callable[[], bool]) -> bool:

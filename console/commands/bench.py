@@ -121,7 +121,7 @@ class _Wish:
         """Return what is asked of each configuration."""
         from console.bench.campaign import Plan, plan_loads
         from platforms.measuring.sample import SEED
-        from worker.engine.threads import compute_threads
+        from platforms.threads import compute_threads
 
         loads = plan_loads(self.concurrency, self.batch)
         if self.stress_s is not None:

@@ -52,7 +52,7 @@ def compare_two(
     from console.bench.comparison import compare_models
     from console.bench.feed import choose_feed
     from console.bench.target import find_side, look_at_box
-    from worker.engine.threads import compute_threads
+    from platforms.threads import compute_threads
 
     found = [find_side(call.settings, text) for text in (a, b)]
     with call.out.spinner("looking at this box"):

@@ -366,7 +366,7 @@ def measure_version(
 ) -> None:
     """Try every artifact of a version on every runtime of this box, and keep the best.
 
-    Each trial has a process of its own. A worker takes the choice when it loads the version next.
+    Each trial has a process of its own. A worker that has the version loaded takes the choice.
     """
     from rich.console import Group
 

@@ -84,7 +84,6 @@ def start(
     from console.errors import RolloutPlanError
     from console.rollout.account import build_plan
     from console.rollout.conductor import Choice, plan_rollout
-    from console.rollout.plan import parse_duration
     from console.rollout.store import Wishes
 
     wishes = Wishes(
@@ -92,8 +91,8 @@ def start(
         success,
         error,
         min_failures,
-        {"duration_s": parse_duration(probation)} if probation else None,
-        parse_duration(device_timeout),
+        {"duration_s": _read_duration(probation)} if probation else None,
+        _read_duration(device_timeout),
     )
     _check_wishes(wishes)
     if not yes and (call.out.as_json or not sys.stdin.isatty()):
@@ -193,6 +192,16 @@ def show_status(
 
 
 # --- a run --------------------------------------------------------------------------------
+
+
+def _read_duration(text: str) -> float:
+    from console.duration import parse_duration
+    from console.errors import RolloutPlanError
+
+    try:
+        return parse_duration(text)
+    except ValueError as exc:
+        raise RolloutPlanError(str(exc)) from exc
 
 
 def _check_wishes(wishes: "Wishes") -> None:

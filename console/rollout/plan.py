@@ -27,8 +27,6 @@ SMALL_GROUP = 10
 """Members of a class in a group below which one failure is enough to stop."""
 _FAILURES_SMALL, _FAILURES = 1, 2
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True)
@@ -113,20 +111,6 @@ def parse_percent(text: str, lowest: Fraction = Fraction(0)) -> Fraction:
         msg = f"{text!r} is no percentage such as 95%"
         raise RolloutPlanError(msg)
     return part
-
-
-def parse_duration(text: str) -> float:
-    """Return `90`, `90s`, `10m`, `2h` or `1d` in seconds.
-
-    Raises:
-        RolloutPlanError: it is no such duration, or zero.
-    """
-    match = _DURATION.fullmatch(text.strip())
-    seconds = float(match[1]) * _UNITS_S[match[2] or "s"] if match else 0.0
-    if seconds <= 0:
-        msg = f"{text!r} is no duration such as 90s, 10m or 2h"
-        raise RolloutPlanError(msg)
-    return seconds
 
 
 def assign_groups(

@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from agent.clock import SystemClock
 from agent.commands import encode
 from agent.store.database import open_engine, transaction
-from console.errors import ConsoleStoreError, RolloutBusyError, RolloutNotFoundError
+from console.errors import RolloutBusyError, RolloutNotFoundError
 from console.rollout.desired import Desired
 from console.rollout.progress import (
     Cause,
@@ -32,6 +32,7 @@ from console.rollout.progress import (
     Order,
     RolloutState,
 )
+from console.store_schema import claim_schema
 
 SCHEMA = 1
 FILE = "rollouts.db"
@@ -309,15 +310,8 @@ class RolloutStore:
 
 
 def _prepare(tx: Connection, path: Path) -> None:
-    found = tx.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if found == SCHEMA:
+    if not claim_schema(tx, path, SCHEMA, "name another folder with --state"):
         return
-    if found > SCHEMA:
-        msg = f"{path} was written by a newer Edgeward (schema {found}): update it"
-        raise ConsoleStoreError(msg)
-    if tx.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").first() is not None:
-        msg = f"{path} is another program's file: name another folder with --state"
-        raise ConsoleStoreError(msg)
     for statement in _TABLES:
         tx.exec_driver_sql(statement)
     tx.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from platforms.artifact import ArtifactFormat, Datatype, TensorSpec
+from platforms.artifact import ArtifactFormat, Datatype, TensorSpec, locate_model
 from platforms.errors import InferenceError, ModelLoadError, RuntimeMissingError
 from platforms.runtimes.base import (
     CPU_PROVIDER,
@@ -107,7 +107,7 @@ class CoremlRuntime(Runtime):
             raise ModelLoadError(msg)
         try:
             units = getattr(tools.ComputeUnit, _COMPUTE_UNITS[provider])
-            model = tools.models.MLModel(str(path), compute_units=units)
+            model = tools.models.MLModel(str(locate_model(path)), compute_units=units)
             description = model.get_spec().description
         except _ERRORS as exc:
             msg = f"Core ML refuses {path.name}: {exc}"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from platforms.artifact import SAVED_MODEL_FILE, ArtifactFormat, TensorSpec
+from platforms.artifact import ArtifactFormat, TensorSpec, locate_model
 from platforms.errors import InferenceError, ModelLoadError, RunStoppedError
 from platforms.runtimes.base import (
     CPU_PROVIDER,
@@ -146,18 +146,13 @@ class OpenvinoRuntime(Runtime):
         device, findings = _choose_device(options, tuple(core.available_devices))
         try:
             compiled = core.compile_model(
-                core.read_model(str(_find_model(path))), device, _build_properties(options, device)
+                core.read_model(str(locate_model(path))), device, _build_properties(options, device)
             )
             session = OpenvinoSession(compiled, options.instances, findings)
         except _ERRORS as exc:
             msg = f"OpenVINO refuses {path.name}: {exc}"
             raise ModelLoadError(msg) from exc
         return session
-
-
-def _find_model(path: Path) -> Path:
-    """Return what OpenVINO reads: of a SavedModel the folder, which its file stands for."""
-    return path.parent if path.name == SAVED_MODEL_FILE else path
 
 
 def _choose_device(options: LoadOptions, available: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

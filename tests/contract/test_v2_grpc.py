@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from agent.config import HttpSettings
+from agent.sections import HttpSettings
 from platforms.artifact import Datatype
 from tests.contract.test_v2_clients import SIMPLE, make_values
 from tests.harness.v2_models import LABELS, ONNX_TYPES, Box, serve_models

@@ -8,9 +8,10 @@ from typing import Any
 
 from sqlalchemy import text
 
-from agent.config import LimitSettings, Settings
+from agent.config import Settings
 from agent.daemon.intake import Intake, IntakeResult
 from agent.daemon.messages import Received
+from agent.sections import LimitSettings
 from agent.store.retention import Retention
 from tests.harness.clocks import FakeClock
 from tests.harness.ledger import Store

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from agent.platformfile import PLATFORM_FILE, detect_and_save
+from platforms.runtimes.proof import prove_runtime
+from platforms.spec import Arch, Os, PlatformSpec
 
 
 @cache
@@ -34,3 +36,20 @@ def seed_platform(data_dir: Path, *only: str) -> None:
             for name in only
         ]
     (data_dir / PLATFORM_FILE).write_text(json.dumps(document), encoding="utf-8")
+
+
+def describe_box(cores: int = 2) -> PlatformSpec:
+    """Return a made-up box with ONNX Runtime, proven here and now."""
+    return PlatformSpec(
+        os=Os.LINUX,
+        os_version="",
+        arch=Arch.X86_64,
+        cpu_model="",
+        cpu_flags=(),
+        cores=float(cores),
+        cores_machine=cores,
+        memory_mb=4000,
+        memory_machine_mb=4000,
+        python_version="3.11",
+        runtimes=(prove_runtime("ort"),),
+    )

@@ -16,15 +16,16 @@ class RolloutProcess:
     """A `rollout start` or `resume` that runs, and the other commands beside it."""
 
     def __init__(self, folder: Path, port: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.state = folder / "rollouts"
         self._lines = folder / "rollout.jsonl"
         self._errors = folder / "rollout.err"
         self._environment = {"EDGEWARD_MQTT__PORT": str(port)}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, release: str, *options: object) -> None:
-        """Begin a rollout of `detector`; returns at once."""
-        self._spawn("start", "detector", release, "--yes", *_DISCOVER, *options)
+    def start(self, release: str, *options: object, model: str = "detector") -> None:
+        """Begin a rollout; returns at once."""
+        self._spawn("start", model, release, "--yes", *_DISCOVER, *options)
 
     def resume(self) -> None:
         """Go on with it; returns at once."""

@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from agent.config import HttpSettings
 from agent.manifest import (
     ArtifactEntry,
     Manifest,
@@ -27,9 +26,9 @@ from agent.manifest import (
     write_manifest,
 )
 from agent.repository import ModelRepository
+from agent.sections import HttpSettings
 from platforms.artifact import ArtifactFormat, Datatype, Precision
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from tests.harness.known_box import describe_box
 from tests.harness.models import write_endless_model
 from worker.engine.configured import configure
 from worker.engine.costs import CostPolicy
@@ -181,30 +180,13 @@ def write_models(source: Path) -> Iterator[Path]:
     yield source / "endless"
 
 
-def build_spec() -> PlatformSpec:
-    """Return a box of two cores with ONNX Runtime."""
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
-
-
 @contextmanager
 def serve_models(folder: Path, **settings: Any) -> Iterator[Box]:
     """Serve all models from a repository in `folder` on a free port."""
     repository = ModelRepository(folder / "models")
     for version in write_models(folder / "source"):
         repository.add(version)
-    engine = Engine(build_spec(), 2, configure=configure, costs=CostPolicy())
+    engine = Engine(describe_box(), 2, configure=configure, costs=CostPolicy())
     service = EngineService(engine, repository)
     extras = Extras(EnginePredictor(lambda: engine, repository))
     server = HttpServer(HttpSettings(**{"port": 0, **settings}), service, extras)

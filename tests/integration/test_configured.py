@@ -11,8 +11,8 @@ from agent.errors import VersionNotFoundError
 from agent.repository import ModelRepository
 from platforms.artifact import Datatype
 from platforms.errors import TensorError
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec, RuntimeFinding, RuntimeStatus
+from platforms.spec import PlatformSpec, RuntimeFinding, RuntimeStatus
+from tests.harness.known_box import describe_box
 from tests.integration.test_serving import ask, write_scale
 from worker.engine.batcher import BatchOptions, WaitRules
 from worker.engine.configured import apply_config, configure, warm_up
@@ -38,19 +38,7 @@ response_cache { enable: true }
 
 @pytest.fixture
 def spec() -> PlatformSpec:
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    return describe_box()
 
 
 def test_config_reaches_the_batcher_the_cache_and_the_client(

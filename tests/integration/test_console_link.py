@@ -9,9 +9,10 @@ import pytest
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
-from agent.config import MqttSettings, Settings
+from agent.config import Settings
 from agent.errors import BrokerUnavailableError
 from agent.jobs import JobState
+from agent.sections import MqttSettings
 from agent.topics import Topics
 from console.embedded import find_free_port
 from console.link import ConsoleLink

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.commands import hash_text
-from agent.config import QueueSettings
 from agent.daemon.dispatch import Dispatcher
+from agent.sections import QueueSettings
 from agent.window import BoxView
 from tests.harness.ledger import Store
 

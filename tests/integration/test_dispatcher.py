@@ -15,10 +15,10 @@ from sqlalchemy import Engine
 
 from agent.clock import SystemClock
 from agent.commands import hash_text, new_id
-from agent.config import QueueSettings
 from agent.daemon.dispatch import Dispatcher, Task
 from agent.daemon.messages import Message, TasksLost, TasksStarted, Wake
 from agent.jobs import Lane, Source
+from agent.sections import QueueSettings
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import Ledger, NewJob
 from agent.tasks import HEARTBEAT_PREFIX, heartbeat_key, lane_queue

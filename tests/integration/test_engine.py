@@ -27,11 +27,11 @@ from agent.manifest import (
 from console.models.samples import load_digit_split, write_digit_samples
 from console.models.train_digits import FOLDER as DIGITS
 from platforms.artifact import ArtifactFormat, Datatype, Precision
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import PlatformSpec
+from platforms.threads import compute_threads
+from tests.harness.known_box import describe_box
 from worker.engine.engine import Engine, InferOutcome, InferRequest
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
-from worker.engine.threads import compute_threads
 from worker.processing.step import JobInput
 
 ONNX_TYPES = {
@@ -42,19 +42,7 @@ ONNX_TYPES = {
 
 @pytest.fixture(scope="module")
 def spec() -> PlatformSpec:
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    return describe_box()
 
 
 @pytest.fixture

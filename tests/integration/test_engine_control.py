@@ -12,9 +12,8 @@ import pytest
 from benchmarks.tiny_model import write_tiny_model
 from platforms.errors import RunStoppedError
 from platforms.runtimes.base import LoadOptions, RunStop
-from platforms.runtimes.proof import prove_runtime
 from platforms.runtimes.registry import get_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from tests.harness.known_box import describe_box
 from tests.harness.models import write_endless_model
 from tests.harness.waiting import wait_until
 from worker.engine.control import InferError, JobIds, RunControl
@@ -27,19 +26,7 @@ CANCELED = InferError("canceled", "no longer wanted", retryable=False)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    spec = PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    spec = describe_box()
     return Engine(spec)
 
 

@@ -29,6 +29,7 @@ from worker.errors import (
     WrongLengthError,
 )
 from worker.update.fetch import BlobFetcher, FetchLimits
+from worker.update.partfile import remove_parts
 from worker.update.transport import FolderSource, open_source
 
 DATA = random.Random(0).randbytes(600_000)
@@ -629,8 +630,8 @@ def test_parts_of_blobs_that_are_no_longer_wanted_are_removed(
 ) -> None:
     server.behaviour.cuts = iter([300_000])
     fetch_until_cut(models, server.address, blob)
-    fetcher = make_fetcher(models, server.address)
 
-    assert fetcher.remove_parts(keep=[blob.sha256]) == 0
-    assert fetcher.remove_parts() >= 300_000
+    assert remove_parts(models, keep=[blob.sha256]) == 0
+    assert remove_parts(models, min_age_s=3600) == 0
+    assert remove_parts(models) >= 300_000
     assert find_files(models) == []

@@ -18,8 +18,8 @@ from platforms.errors import ModelLoadError
 from platforms.runtimes.base import PROOF_FOLDER, LoadOptions
 from platforms.runtimes.proof import prove_runtime
 from platforms.runtimes.registry import get_runtime
+from tests.harness.known_box import describe_box
 from tests.harness.saved_models import write_saved_model
-from tests.harness.v2_models import build_spec
 from worker.engine.engine import Engine
 from worker.engine.service import TensorRequest
 from worker.engine.serving import EngineService
@@ -38,7 +38,7 @@ def serve(folder: Path, repository: Path, x: np.ndarray) -> np.ndarray:
     """Run a version folder as a worker with OpenVINO does."""
     models = ModelRepository(repository)
     models.add(folder)
-    spec = replace(build_spec(), runtimes=(prove_runtime("openvino"),))
+    spec = replace(describe_box(), runtimes=(prove_runtime("openvino"),))
     service = EngineService(Engine(spec), models)
     try:
         return asyncio.run(service.infer(TensorRequest("net", {"x": x}))).outputs["y"]

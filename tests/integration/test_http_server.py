@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from agent.config import HttpSettings
+from agent.sections import HttpSettings
 from tests.harness.v2_models import Box, serve_models
 from tests.harness.waiting import require_binary, wait_until
 from worker.errors import HttpUnavailableError

@@ -17,11 +17,12 @@ from sqlalchemy import Connection, Engine
 
 from agent.clock import SystemClock
 from agent.commands import CANCEL, new_id
-from agent.config import InboxSettings, Settings
+from agent.config import Settings
 from agent.daemon.inbox import COMMANDS, Inbox
 from agent.daemon.intake import Intake
 from agent.daemon.messages import Message, Received, Spooled
 from agent.jobs import JobState, Lane, Reason
+from agent.sections import InboxSettings
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import Ledger, Outcome
 from agent.store.retention import Retention

@@ -16,9 +16,9 @@ from agent.manifest import TensorEntry
 from benchmarks.tiny_model import write_version
 from platforms.artifact import Datatype
 from platforms.runtimes.base import LoadOptions
-from platforms.runtimes.proof import prove_runtime
 from platforms.runtimes.registry import get_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import PlatformSpec
+from tests.harness.known_box import describe_box
 from worker.engine.engine import Engine
 from worker.engine.memory import MemoryBudget, RowLimit, run_within
 from worker.engine.sessions import LoadedModel, ModelKey, SessionCache, load_model
@@ -54,19 +54,7 @@ def write_wide_model(folder: Path, megabytes: int) -> Path:
 
 @pytest.fixture(scope="module")
 def spec() -> PlatformSpec:
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    return describe_box()
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +151,12 @@ def test_loads_that_compete_for_memory_take_turns_and_others_go_on(
 UNLOAD = """
 import sys
 from pathlib import Path
+from tests.harness.known_box import describe_box
 from tests.integration.test_memory import load
 from worker.engine.memory import read_process_mb
 from worker.engine.sessions import ModelKey, SessionCache
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
-spec = PlatformSpec(os=Os.LINUX, os_version="", arch=Arch.X86_64, cpu_model="", cpu_flags=(),
-    cores=1.0, cores_machine=1, memory_mb=4000, memory_machine_mb=4000, python_version="3.11",
-    runtimes=(prove_runtime("ort"),))
+from tests.harness.known_box import describe_box
+spec = describe_box(cores=1)
 import onnxruntime
 cache, key = SessionCache(), ModelKey.from_folder(Path(sys.argv[1]))
 before = read_process_mb()

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from agent.config import OutboxSettings, Settings
+from agent.config import Settings
 from agent.daemon.intake import ConsoleNews
 from agent.daemon.messages import Connected, Disconnected
 from agent.daemon.mqtt import MqttSession
 from agent.daemon.reporter import Reporter, Selected
+from agent.sections import OutboxSettings
 from agent.store.facts import CONSOLE_ACKS, read_fact
 from agent.store.outbox import count_records
 from tests.harness.ledger import Store

@@ -22,8 +22,8 @@ from console.models.train_digits import FOLDER as DIGITS
 from platforms.artifact import Datatype
 from platforms.errors import TensorError
 from platforms.runtimes.base import Array
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import PlatformSpec
+from tests.harness.known_box import describe_box
 from tests.harness.models import write_endless_model
 from tests.harness.waiting import wait_until
 from worker.engine.batcher import BatchOptions, WaitRules
@@ -42,19 +42,7 @@ FOR_EVER = np.array([2**62])
 
 @pytest.fixture(scope="module")
 def spec() -> PlatformSpec:
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    return describe_box()
 
 
 @pytest.fixture

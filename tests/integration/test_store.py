@@ -15,6 +15,7 @@ from agent.store.database import (
     migrate,
     open_engine,
     open_reader,
+    shrink,
     transaction,
 )
 
@@ -163,4 +164,47 @@ def test_file_that_is_no_database_is_damage(tmp_path: Path) -> None:
     engine = open_engine(path)
     with pytest.raises(StoreDamagedError, match="damaged"):
         migrate(engine)
+    engine.dispose()
+
+
+def fill_and_empty(path: Path, size_bytes: int, *, kept_bytes: int = 0) -> None:
+    """Make a ledger that once held much more than it does."""
+    engine = open_engine(path)
+    with transaction(engine) as tx:
+        tx.execute(text("CREATE TABLE blobs (kind TEXT, data BLOB)"))
+        insert = text("INSERT INTO blobs VALUES (:kind, zeroblob(:n))")
+        if kept_bytes:
+            tx.execute(insert, {"kind": "kept", "n": kept_bytes})
+        tx.execute(insert, {"kind": "old", "n": size_bytes})
+    with transaction(engine) as tx:
+        tx.execute(text("DELETE FROM blobs WHERE kind = 'old'"))
+    engine.dispose()
+
+
+def test_ledger_that_is_mostly_empty_gives_the_disk_its_room_back(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    fill_and_empty(path, 40 << 20, kept_bytes=1 << 20)
+    engine = open_engine(path)
+    assert shrink(engine, free_bytes=1 << 30) >= 39 << 20
+    with transaction(engine) as tx:
+        assert tx.execute(text("SELECT length(data) FROM blobs")).scalars().all() == [1 << 20]
+    engine.dispose()
+    assert path.stat().st_size < 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("old", "kept", "free"),
+    [
+        (8 << 20, 0, 1 << 30),  # not worth it
+        (40 << 20, 60 << 20, 1 << 30),  # less than half of it is free
+        (40 << 20, 1 << 20, 10 << 20),  # no room to write it once more
+        (40 << 20, 1 << 20, None),
+    ],
+)
+def test_ledger_is_left_as_it_is_where_shrinking_does_not_pay(
+    tmp_path: Path, old: int, kept: int, free: int | None
+) -> None:
+    fill_and_empty(tmp_path / "ledger.db", old, kept_bytes=kept)
+    engine = open_engine(tmp_path / "ledger.db")
+    assert shrink(engine, free) == 0
     engine.dispose()

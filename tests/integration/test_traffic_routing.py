@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from agent.config import Settings
 from agent.errors import AgentError
@@ -17,8 +18,8 @@ from agent.repository import ModelRepository
 from agent.tasks import VersionFigures
 from agent.traffic import Traffic, write_traffic
 from platforms.errors import PlatformError
-from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import PlatformSpec
+from tests.harness.known_box import describe_box
 from tests.harness.waiting import wait_until
 from tests.integration.test_serving import X, add_scale, ask, write_scale
 from worker.engine.costs import CostPolicy
@@ -30,25 +31,14 @@ from worker.engine.sessions import LoadedModel, ModelKey
 from worker.engine.shadow import Shadow, is_alike
 from worker.engine.watch import EngineWatch
 from worker.errors import WorkerError
+from worker.metrics import ShadowCollector
 from worker.runner import Runner
 from worker.runs import Run
 
 
 @pytest.fixture(scope="module")
 def spec() -> PlatformSpec:
-    return PlatformSpec(
-        os=Os.LINUX,
-        os_version="",
-        arch=Arch.X86_64,
-        cpu_model="",
-        cpu_flags=(),
-        cores=2.0,
-        cores_machine=2,
-        memory_mb=4000,
-        memory_machine_mb=4000,
-        python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
-    )
+    return describe_box()
 
 
 class Bench:
@@ -207,6 +197,12 @@ def test_shadow_sees_copies_and_nobody_gets_its_answers(bench: Bench) -> None:
     figures = bench.get_figures("3")
     assert figures.agreed == 0
     assert figures.shadow_failed == 0
+    registry = CollectorRegistry()
+    registry.register(ShadowCollector(bench.shadow))
+    labels = {"model": "scale", "version": "3"}
+    read = registry.get_sample_value
+    assert (read("edgeward_shadow_compared_total", labels) or 0) >= figures.compared
+    assert read("edgeward_shadow_agreed_total", labels) == 0
 
 
 def test_shadow_that_answers_alike_agrees(bench: Bench) -> None:

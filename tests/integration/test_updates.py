@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.box import make_envelope
+from agent.choice import ChoiceRecord, compute_digest, find_choice, write_choice
+from agent.clock import SystemClock
+from agent.lease import release_lease, take_lease
+from tests.harness.box import make_body, make_envelope
 from tests.harness.brokers import MqttProcess, QueueProcess
-from tests.harness.releases import write_garbage, write_slow
+from tests.harness.releases import DIGITS, make_pixels, write_garbage, write_slow
+from tests.harness.rollouts import RolloutProcess
 from tests.harness.update_box import Load, UpdateBox
 from tests.harness.waiting import wait_until
 
@@ -204,3 +208,85 @@ def test_document_can_ask_for_an_ab_test_that_lasts(fleet: UpdateBox) -> None:
     body = {"epoch": "e1", "version": 2, "models": {"digits": {"release": "2.0.0"}}}
     fleet.console.publish("edgeward/v1/box-1/c2d/desired", make_envelope(body, "desired"))
     wait_until(lambda: {fleet.answer() for _ in range(20)} == {"2"}, 20, "it is over")
+
+
+@pytest.mark.timeout(240)
+def test_lease_holds_an_update_back_until_it_is_given_back(fleet: UpdateBox) -> None:
+    leases = fleet.box.data_dir / "leases"
+    take_lease(leases, SystemClock(), "surgery", 3600, "until noon")
+    fleet.add("2.0.0")
+    job_id = fleet.update("2.0.0", probation={"duration_s": 0.2})
+    wait_until(lambda: fleet.get_reported().get("status") == "deferred", 60, "it is held, and told")
+    assert "surgery until noon" in fleet.get_reported()["reason"]["message"]
+    assert fleet.get_active() == "1.0.0"
+    assert release_lease(leases, "surgery")
+    assert fleet.wait_end(job_id)["reason"]["code"] == "committed"
+
+
+@pytest.mark.timeout(240)
+def test_choice_is_taken_without_a_restart_and_made_again_when_the_box_has_changed(
+    tmp_path: Path, mosquitto: MqttProcess, queue_broker: QueueProcess
+) -> None:
+    slow = write_slow(tmp_path / "slow.onnx")
+    files = {"digits.onnx": slow, "plain.onnx": DIGITS / "digits.onnx"}
+    fleet = UpdateBox(tmp_path, mosquitto, queue_broker, files=files)
+    try:
+        assert run_artifact(fleet) == "digits.onnx", "the publisher's order, nothing is measured"
+        # The same release again: only its artifacts are measured.
+        assert fleet.wait_end(fleet.update("1.0.0"))["reason"]["code"] == "committed"
+        wait_until(lambda: run_artifact(fleet) == "plain.onnx", 30, "what was measured serves")
+        record, identity = find_record(fleet), find_identity(fleet)
+        write_choice(fleet.box.data_dir / "choices", forge_conditions(record))
+        # The agent looks when it starts, and now and then.
+        fleet.box.stop("agent")
+        fleet.box.start("agent")
+        wait_until(lambda: find_identity(fleet) == identity, 60, "measured again")
+        wait_until(lambda: fleet.get_reported().get("status") == "in_sync", 20, "and reported")
+        assert len(list((fleet.box.data_dir / "choices").iterdir())) == 1
+    finally:
+        fleet.close()
+
+
+@pytest.mark.timeout(240)
+def test_rollout_leads_our_own_agent_to_a_release_and_stops_at_a_bad_one(
+    fleet: UpdateBox, mosquitto: MqttProcess, tmp_path: Path
+) -> None:
+    fleet.add("2.0.0")
+    fleet.add("3.0.0", files={"digits.onnx": write_garbage(tmp_path / "bad.onnx")})
+    good = RolloutProcess(tmp_path / "good", mosquitto.port)
+    good.start("2.0.0", "--probation", "1s", model="digits")
+    assert good.wait() == 0, good.errors()
+    assert fleet.get_active() == "2.0.0"
+    bad = RolloutProcess(tmp_path / "bad", mosquitto.port)
+    bad.start("3.0.0", "--probation", "1s", model="digits")
+    assert bad.wait() == 1, bad.errors()
+    assert fleet.get_active() == "2.0.0"
+    assert bad.status()["classes"][0]["state"] == "stopped"
+
+
+def run_artifact(fleet: UpdateBox) -> str:
+    """Return which artifact answers a job."""
+    pixels = make_pixels(1).reshape(-1).tolist()
+    tensor = {"name": "pixels", "datatype": "FP32", "shape": [1, 64], "data": pixels}
+    job_id = fleet.console.submit(make_body(model="digits", input={"tensors": [tensor]}))
+    assert fleet.wait_end(job_id)["state"] == "succeeded"
+    wait_until(lambda: job_id in fleet.console.results, 10, "its result is there")
+    return str(fleet.console.results[job_id][0]["artifact"])
+
+
+def find_record(fleet: UpdateBox) -> ChoiceRecord:
+    folder = fleet.models.get_version("digits").folder
+    record = find_choice(fleet.box.data_dir / "choices", compute_digest(folder))
+    assert record is not None
+    return record
+
+
+def find_identity(fleet: UpdateBox) -> str:
+    chosen = find_record(fleet).chosen
+    return "" if chosen is None else chosen.identity
+
+
+def forge_conditions(record: ChoiceRecord) -> ChoiceRecord:
+    """Return a record as another driver or runtime would have left it."""
+    trials = tuple(one.model_copy(update={"identity": "0" * 32}) for one in record.trials)
+    return record.model_copy(update={"trials": trials})

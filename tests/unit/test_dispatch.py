@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import Engine
 
 from agent.commands import hash_text, new_id
-from agent.config import QueueSettings
 from agent.daemon.dispatch import Dispatcher, Task, _cut
 from agent.daemon.messages import Message
 from agent.jobs import Lane, Reason, Source
+from agent.sections import QueueSettings
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import Ledger, NewJob, ReadyJob
 from agent.topics import Topics

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
+from console.duration import parse_duration
 from console.errors import RolloutPlanError
 from console.rollout.hardware import classify_hardware
 from console.rollout.plan import (
     Invited,
     Share,
     assign_groups,
-    parse_duration,
     parse_groups,
     parse_percent,
 )
@@ -59,7 +59,7 @@ def test_duration_is_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "5w", "m", "1h30m"])
 def test_bad_duration_is_refused(text: str) -> None:
-    with pytest.raises(RolloutPlanError):
+    with pytest.raises(ValueError, match="is no duration"):
         parse_duration(text)
 
 

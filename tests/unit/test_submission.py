@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agent.commands import SubmitBody, decode_envelope, parse_submit
-from agent.config import LimitSettings
+from agent.sections import LimitSettings
 from console.commands.submit import describe_answer, describe_time
 from console.demo import pick_percentile
 from console.errors import InlineTooLargeError, InputFileError

@@ -28,6 +28,7 @@ from platforms.errors import PlatformError, TensorError
 from platforms.runtimes.base import Array
 from platforms.runtimes.registry import get_runtime
 from platforms.spec import PlatformSpec
+from platforms.threads import compute_sizes
 from worker.engine.artifact_cache import ArtifactCache
 from worker.engine.batcher import Batcher, BatchOptions, Outputs, run_stacked
 from worker.engine.control import InferError, RunControl
@@ -50,7 +51,6 @@ from worker.engine.sessions import (
     load_model,
 )
 from worker.engine.stats import FailReason, RunTimes, StatsCounter
-from worker.engine.threads import compute_sizes
 from worker.errors import NanOutputError, OutputError, StepError, WorkerError
 from worker.processing.step import JobInput
 from worker.processing.tensor import TensorOutput

@@ -21,7 +21,7 @@ from typing import Any
 
 import uvicorn
 
-from agent.config import HttpSettings
+from agent.sections import HttpSettings
 from worker.engine.service import Service
 from worker.errors import HttpUnavailableError
 from worker.rest.application import App, Application, Bounds, Load

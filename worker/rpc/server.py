@@ -21,8 +21,8 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from agent.config import HttpSettings
 from agent.errors import AgentError
+from agent.sections import HttpSettings
 from platforms.errors import PlatformError
 from worker.engine.service import Service
 from worker.errors import HttpUnavailableError, WorkerError

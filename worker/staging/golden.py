@@ -13,10 +13,10 @@ import numpy as np
 
 from agent.choice import Agreement
 from agent.errors import ManifestError
-from agent.manifest import FALLBACK_SQNR_DB, Manifest, Tolerance
+from agent.manifest import Manifest, Tolerance
 from platforms.errors import TensorError
 from platforms.measuring.sample import make_random_inputs
-from platforms.parity import Parity, compare_output
+from platforms.parity import Bounds, Parity, compare_output, list_objections
 from platforms.runtimes.base import Array
 
 MADE_UP_ROWS = 8
@@ -94,34 +94,15 @@ def compare(
             complaints.append(str(exc))
             continue
         parities.append(parity)
-        complaints += _judge(parity, tolerance)
+        complaints += list_objections(parity, to_bounds(tolerance))
     return _merge(parities), "; ".join(complaints)
 
 
-def _judge(parity: Parity, tolerance: Tolerance) -> list[str]:
-    asked = (
-        ("agreement", parity.top_1, tolerance.min_agreement, ""),
-        ("top-5 agreement", parity.top_k, tolerance.min_top_5, ""),
-        ("SQNR", parity.sqnr_db, tolerance.min_sqnr_db, " dB"),
+def to_bounds(tolerance: Tolerance) -> Bounds:
+    """Return a manifest's tolerance in the platform layer's form."""
+    return Bounds(
+        tolerance.min_agreement, tolerance.min_top_5, tolerance.min_sqnr_db, tolerance.max_abs
     )
-    complaints = []
-    is_judged = False
-    for what, value, least, unit in asked:
-        if least is None or value is None:
-            continue
-        is_judged = True
-        # NaN is outside of every tolerance.
-        if not value >= least:
-            complaints.append(f"{parity.name}: {what} {value:.4g}{unit}, at least {least:g} asked")
-    if tolerance.max_abs is not None and parity.max_abs is not None:
-        is_judged = True
-        if not parity.max_abs <= tolerance.max_abs:
-            off = f"off by {parity.max_abs:.4g}, at most {tolerance.max_abs:g} asked"
-            complaints.append(f"{parity.name}: {off}")
-    if not is_judged and parity.sqnr_db is not None and not parity.sqnr_db >= FALLBACK_SQNR_DB:
-        text = f"{parity.name}: SQNR {parity.sqnr_db:.4g} dB, at least {FALLBACK_SQNR_DB:g} asked"
-        complaints.append(text)
-    return complaints
 
 
 def _merge(parities: list[Parity]) -> Agreement:

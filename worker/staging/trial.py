@@ -16,15 +16,15 @@ import numpy as np
 from agent.choice import Agreement, Point, Trial, Verdict
 from agent.manifest import Manifest, Tolerance
 from platforms.errors import MeasuringError
+from platforms.measuring.batches import describe_tensors, run_rows
 from platforms.measuring.measurer import Measurer
-from platforms.measuring.sample import SEED, load_arrays, save_arrays
+from platforms.measuring.sample import SEED, save_arrays
 from platforms.resources import read_energy_uj
 from platforms.runtimes.base import Array
 from platforms.selection import Candidate
 from worker.staging.golden import GoldenSet, compare
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-GOLDEN_BATCH = 8
 _LEAK_MIN_MB = 64.0
 _LEAK_SHARE = 0.25
 # Of runs of one row, more than any runtime needs to have all its memory.
@@ -80,7 +80,7 @@ def run_trial(
             figures["provider"] = loaded["provider"]
             figures["load_ms"] = loaded["load_ms"]
             pause()
-            outputs = _run_golden(child, loaded, golden)
+            outputs = run_rows(child, loaded, golden.inputs)
             pause()
             figures["points"] = _measure(child, golden, limits, pause)
             after = child.ask({"do": "measure", "concurrency": 1, "batch": 1, "seconds": _LEAK_S})
@@ -96,32 +96,16 @@ def run_trial(
 def _build_load(
     candidate: Candidate, folder: Path, manifest: Manifest, threads: int
 ) -> dict[str, Any]:
-    def sides(entries: Any) -> list[dict[str, Any]]:
-        return [entry.model_dump(mode="json") for entry in entries]
-
     return {
         "do": "load",
         "runtime": candidate.runtime,
         "file": str(folder / candidate.artifact.file),
         "threads": threads,
-        "declared": {"inputs": sides(manifest.inputs), "outputs": sides(manifest.outputs)},
+        "declared": {
+            "inputs": describe_tensors(entry.to_spec() for entry in manifest.inputs),
+            "outputs": describe_tensors(entry.to_spec() for entry in manifest.outputs),
+        },
     }
-
-
-def _run_golden(child: Measurer, loaded: dict[str, Any], golden: GoldenSet) -> dict[str, Array]:
-    """Return the answers to the golden inputs, run in batches that the model takes."""
-    is_free = all(item["shape"] and item["shape"][0] == -1 for item in loaded["inputs"])
-    first = loaded["inputs"][0]["shape"]
-    step = GOLDEN_BATCH if is_free else max(1, first[0] if first else 1)
-    parts: list[dict[str, Array]] = []
-    with tempfile.TemporaryDirectory(prefix="edgeward-golden-") as name:
-        inputs, outputs = Path(name) / "inputs.npz", Path(name) / "outputs.npz"
-        for start in range(0, golden.rows, step):
-            rows = {key: array[start : start + step] for key, array in golden.inputs.items()}
-            save_arrays(inputs, rows)
-            child.ask({"do": "run", "inputs": str(inputs), "outputs": str(outputs), "repeats": 1})
-            parts.append(load_arrays(outputs))
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _measure(

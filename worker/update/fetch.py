@@ -244,14 +244,6 @@ class BlobFetcher:
             self._clock() - started,
         )
 
-    def remove_parts(self, keep: Collection[str] = ()) -> int:
-        """Remove part files of blobs that are no longer wanted; return the bytes freed.
-
-        Args:
-            keep: digests that are still wanted.
-        """
-        return partfile.remove_parts(self._models, keep)
-
     # --- one blob ---------------------------------------------------------------------------
 
     def _get_path(self, blob: ReleaseFile) -> Path:

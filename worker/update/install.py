@@ -33,10 +33,14 @@ from platforms.selection import Verdict, list_pairs
 from platforms.spec import PlatformSpec
 from worker.errors import TrustError
 from worker.update.fetch import BlobFetcher, FetchLimits, FetchReport
+from worker.update.partfile import remove_parts
 from worker.update.sources import BundleSource, ReleaseSource, open_release_source
 from worker.update.trust import Floors, Trust
 
 log = logging.getLogger(__name__)
+
+_ABANDONED_S = 7 * 86_400.0
+"""A download that has not gone on for so long is given up: its bytes go."""
 
 Progress = Callable[[int, int], None]
 """Bytes done, bytes in all; may raise to end the fetch."""
@@ -105,6 +109,7 @@ class Installer:
             progress=lambda done, total, _fetched: progress(done, total),
         )
         version = self._add(kept, report)
+        remove_parts(self._settings.models_dir, min_age_s=_ABANDONED_S)
         return Installed(version, verified.floors, verified.is_stale, report)
 
     def _open(self, bundle: Path | None) -> ReleaseSource:

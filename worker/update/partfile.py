@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -273,18 +274,21 @@ def measure_part(models: Path, digest: str) -> int:
     return 0
 
 
-def remove_parts(models: Path, keep: Iterable[str] = ()) -> int:
+def remove_parts(models: Path, keep: Iterable[str] = (), min_age_s: float = 0.0) -> int:
     """Remove the part files that nobody holds, but for some; return the bytes that were freed.
 
     Args:
         models: the repository's folder.
         keep: digests of blobs that are still wanted.
+        min_age_s: those that were written since stay: their download may go on.
     """
     folder, kept, freed = models / PARTS_DIR, set(keep), 0
     for path in sorted(folder.glob(f"[0-9a-f]*{PART_SUFFIX}")):
         if path.stem in kept:
             continue
         with suppress(OSError, FetchBusyError):
+            if time.time() - path.lstat().st_mtime < min_age_s:
+                continue
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 _lock(fd, path)

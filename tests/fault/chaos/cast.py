@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from console.embedded import MqttBrokerKind, prepare_mqtt_broker, prepare_queue_broker
+from console.up import AGENT_ENVIRONMENT
 from tests.fault.chaos.journal import Journal
 from tests.fault.chaos.models import install_models
 from tests.fault.chaos.proxy import Proxy
@@ -231,7 +232,14 @@ class Cast:
             "mqtt": mqtt.argv,
         }
         self.members = {
-            name: Member(name, commands[name], environment, folder / f"{name}.log", restart_s)
+            name: Member(
+                name,
+                commands[name],
+                # As a real one is started: measured here, its memory is the product's.
+                {**environment, **AGENT_ENVIRONMENT} if name == "agent" else environment,
+                folder / f"{name}.log",
+                restart_s,
+            )
             for name in MEMBERS
         }
         self._journal = journal

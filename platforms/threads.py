@@ -1,7 +1,8 @@
 """How many threads a session gets, and how many runs of it go on at once.
 
-Owns two divisions. Where the cores come from is detection's matter: they are the
-cgroup's (`PlatformSpec.cores`), which `os.cpu_count()` does not know.
+Owns two divisions, and how many inferences a box runs at the same time. Where the cores come
+from is detection's matter: they are the cgroup's (`PlatformSpec.cores`), which `os.cpu_count()`
+does not know.
 """
 
 import math
@@ -35,3 +36,13 @@ def compute_sizes(cores: float, concurrency: int) -> tuple[int, int]:
     """
     threads = compute_threads(cores, concurrency)
     return threads, max(1, int(cores) // threads)
+
+
+def choose_concurrency(cores: float, configured: int) -> int:
+    """Return how many inferences run at the same time: as configured, else one per core.
+
+    Args:
+        cores: of the box.
+        configured: `worker.concurrency`; 0 where the box decides.
+    """
+    return configured or max(1, int(cores))

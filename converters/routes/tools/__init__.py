@@ -1,0 +1,1 @@
+"""The tools: each a `convert(task) -> Facts`, imported by the child process only."""
