@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from converters.errors import RecipeError
+from converters.routes.registry import ToolEntry
 from converters.task import ModelFormat, Tool
 from platforms.artifact import Precision
 
@@ -277,6 +278,24 @@ RECIPES: tuple[Recipe, ...] = (
         note="a smaller net taught by a larger one; wins where few rows have labels",
     ),
 )
+
+
+def get_tool_entry(recipe: Recipe) -> ToolEntry:
+    """Return a recipe as `converters.routes.hop.run_hop` takes it.
+
+    Its `options` go into the call, over the user's own.
+    """
+    is_torch = recipe.source is ModelFormat.CALLABLE
+    return ToolEntry(
+        name=recipe.name,
+        sources=(recipe.source, ModelFormat.STATE_DICT) if is_torch else (recipe.source,),
+        target=recipe.target,
+        entry=recipe.entry,
+        modules=recipe.modules,
+        extra=recipe.extra,
+        precision=recipe.precision,
+        note=recipe.note,
+    )
 
 
 def get_recipe(name: str) -> Recipe:

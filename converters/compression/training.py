@@ -10,6 +10,7 @@ is judged by was not trained on; the best state seen is the one that is kept.
 import copy
 import importlib.util
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ UNLABELLED = -1
 SEED = 20_260
 HELD_OUT_SHARE = 0.2
 _MIN_ROWS = 10
+_ORIGIN = "EDGEWARD_SOURCE_FOLDER"
+"""The original's folder, as `converters.routes.hop` tells it: the file itself is a copy."""
 _BATCH = 64
 
 
@@ -158,11 +161,17 @@ def build_module(model: ModelFile) -> nn.Module:
         msg = f"{file} is no Python file"
         raise TrainingError(msg)
     module = importlib.util.module_from_spec(spec)
+    origin = os.environ.get(_ORIGIN)
+    if origin and origin not in sys.path:
+        # Last: what lies beside the original hides no installed package.
+        sys.path.append(origin)
     # Where dataclasses and pickle look a class's module up.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        net = getattr(module, model.name)()
+        built = getattr(module, model.name)()
+        # With it may come example inputs, which training has no need of.
+        net = built[0] if isinstance(built, tuple) else built
         if model.format is ModelFormat.STATE_DICT:
             net.load_state_dict(_read_weights(model.path))
     except Exception as exc:

@@ -23,6 +23,9 @@ from tests.harness.digit_nets import Perceptron
 def small():
     return Perceptron(12)
 
+def with_example():
+    return Perceptron(12), torch.zeros(2, 1, 8, 8)
+
 def odd():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))
 
@@ -92,7 +95,7 @@ def test_without_labels_agreement_with_the_teacher_is_told(nets: Nets, tmp_path:
 
 def test_the_one_asked_for_is_kept_even_where_it_is_worse(nets: Nets, tmp_path: Path) -> None:
     data = write_data(nets, tmp_path / "few.npz", labels=30)
-    _, facts = distill(nets, tmp_path, data, epochs=4, keep="plain")
+    _, facts = distill(nets, tmp_path, data, "with_example", epochs=4, keep="plain")
 
     assert facts["kept"] == "plain"
 
