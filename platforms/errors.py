@@ -57,6 +57,15 @@ class RunStoppedError(PlatformError):
 
 
 class MeasuringError(PlatformError):
-    """A model could not be run to be measured: it was refused, or its process died or hung."""
+    """A model could not be run to be measured: it was refused, or its process died or hung.
+
+    Args:
+        message: for a person.
+        cause_code: of the error that the child itself answered with; None: it died or hung.
+    """
 
     code = "measuring_failed"
+
+    def __init__(self, message: str, cause_code: str | None = None) -> None:
+        super().__init__(message)
+        self.cause_code = cause_code

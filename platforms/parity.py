@@ -72,7 +72,12 @@ def compare_output(name: str, reference: Array, candidate: Array, k: int = 5) ->
     if _is_text(reference) or _is_text(candidate):
         return _compare_texts(name, reference, candidate)
     left, right = reference.astype(np.float64), candidate.astype(np.float64)
-    is_scores = is_class_scores(reference)
+    # What is infinite makes distances that are infinite or no number, and is seen by them.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _compare_numbers(name, left, right, k, is_scores=is_class_scores(reference))
+
+
+def _compare_numbers(name: str, left: _Float, right: _Float, k: int, *, is_scores: bool) -> Parity:
     k = min(k, left.shape[1]) if is_scores else k
     return Parity(
         name=name,
@@ -227,7 +232,12 @@ class Bounds:
 
 
 def list_objections(parity: Parity, bounds: Bounds) -> list[str]:
-    """Return what of an output is outside the bounds, with its figure; NaN is outside of all."""
+    """Return what of an output is outside the bounds, with its figure.
+
+    NaN and infinity are outside of all, in one value of one row as well.
+    """
+    if parity.max_abs is not None and not math.isfinite(parity.max_abs):
+        return [f"{parity.name}: it answers NaN or infinity"]
     found: list[str] = []
     is_judged = False
     for what, value, least, unit in (

@@ -4,7 +4,7 @@ Owns the trial of an artifact on a runtime and the verdict by the budget. The tr
 measuring child: a crash, a hang or all memory is a verdict here and harms nobody.
 
 Invariants: no verdict without a run; the latency's ratio is to the baseline measured in turns in
-the same minute, on the same inputs; NaN is outside of every budget.
+the same minute, on the same inputs; NaN and infinity are outside of every budget.
 """
 
 import math
@@ -20,12 +20,13 @@ import numpy as np
 
 from converters.errors import ConversionCanceledError
 from converters.evidence.budget import Budget
-from converters.task import ModelFile, ModelFormat, Report
-from platforms.artifact import ArtifactFormat
+from converters.evidence.venues import Venue, get_venue
+from converters.evidence.venues import find_runtimes as find_runtimes
+from converters.task import ModelFile, Report
 from platforms.errors import MeasuringError, TensorError
 from platforms.measuring.batches import describe_tensors, run_rows
 from platforms.measuring.measurer import Measurer
-from platforms.measuring.sample import SEED, save_arrays
+from platforms.measuring.sample import SEED, repeat_rows, save_arrays
 from platforms.parity import Parity, compare_output, find_worst, list_objections
 from platforms.runtimes.base import Array, Declared
 
@@ -34,16 +35,8 @@ _ROUNDS = 5
 CONFIDENT = 0.5
 """A row counts as sure of itself from this probability of its best class on."""
 
-# Formats in which an artifact is run by these, wherever they are installed.
-_INSIDE: Mapping[ModelFormat, ArtifactFormat] = {
-    ModelFormat.ONNX: ArtifactFormat.ONNX,
-    ModelFormat.TFLITE: ArtifactFormat.TFLITE,
-    ModelFormat.OPENVINO: ArtifactFormat.OPENVINO,
-    ModelFormat.TORCHSCRIPT: ArtifactFormat.TORCHSCRIPT,
-    ModelFormat.TORCH_EXPORT: ArtifactFormat.TORCH_EXPORT,
-    ModelFormat.SAVED_MODEL: ArtifactFormat.SAVED_MODEL,
-    ModelFormat.COREML: ArtifactFormat.COREML,
-}
+# What the child answers where the runtime's own library is not there.
+_MISSING = "runtime_missing"
 
 
 class Outcome(StrEnum):
@@ -133,19 +126,65 @@ class Proof:
         }
 
 
-def find_runtimes(model_format: ModelFormat, present: Sequence[str]) -> list[str]:
-    """Return the runtimes among those that are here that read a format, as the registry lists."""
-    from platforms.runtimes.registry import RUNTIME_FORMATS
+def prove(
+    candidate: ModelFile,
+    declared: Declared,
+    golden: Golden,
+    budget: Budget,
+    *,
+    size_bytes: int,
+    venues: Sequence[Venue],
+    baselines: Mapping[str, Baseline] | None = None,
+    limits: TrialLimits | None = None,
+    report: Report = lambda share, doing: None,
+    is_canceled: Callable[[], bool] = lambda: False,
+) -> list[Proof]:
+    """Run an artifact wherever it can be run here; one proof each, at least one.
 
-    wanted = _INSIDE[model_format]
-    return [
-        name for name, formats in RUNTIME_FORMATS.items() if wanted in formats and name in present
-    ]
+    Args:
+        candidate: the artifact.
+        declared: the tensors that the version declares.
+        golden: inputs and the original's answers.
+        budget: what it must keep to.
+        size_bytes: of the artifact with all its files.
+        venues: as `converters.evidence.venues.find_venues` returns them.
+        baselines: by venue name.
+        limits: on each trial.
+        report: told of progress.
+        is_canceled: asked between the steps.
+
+    Raises:
+        ConversionCanceledError: `is_canceled` said so.
+    """
+    if not venues:
+        reason = f"no runtime for {candidate.format.value} is installed here"
+        return [Proof("", Outcome.NOT_RUN, reason)]
+    found = []
+    for number, venue in enumerate(venues):
+
+        def tell(share: float, doing: str, venue: Venue = venue, number: int = number) -> None:
+            report((number + share) / len(venues), f"{venue.name}: {doing}" if doing else "")
+
+        found.append(
+            prove_artifact(
+                candidate,
+                venue,
+                declared,
+                golden,
+                budget,
+                size_bytes=size_bytes,
+                baseline=(baselines or {}).get(venue.name),
+                limits=limits,
+                report=tell,
+                is_canceled=is_canceled,
+            )
+        )
+    return found
 
 
 def prove_artifact(
     candidate: ModelFile,
-    runtime: str,
+    runtime: str | Venue,
     declared: Declared,
     golden: Golden,
     budget: Budget,
@@ -160,7 +199,7 @@ def prove_artifact(
 
     Args:
         candidate: the artifact.
-        runtime: its name in the registry.
+        runtime: a name that `find_runtimes` returned, or a venue.
         declared: the tensors that the version declares, by which outputs are told apart.
         golden: inputs and the original's answers.
         budget: what it must keep to.
@@ -174,10 +213,14 @@ def prove_artifact(
         ConversionCanceledError: `is_canceled` said so.
     """
     trial = _Trial(declared, golden, limits or TrialLimits(), report, is_canceled)
+    venue = get_venue(runtime) if isinstance(runtime, str) else runtime
     try:
-        proof = trial.run(candidate, runtime, baseline)
-    except (MeasuringError, TensorError) as exc:
-        return Proof(runtime, Outcome.FAILED, str(exc))
+        proof = trial.run(candidate, venue, baseline)
+    except MeasuringError as exc:
+        outcome = Outcome.NOT_RUN if exc.cause_code == _MISSING else Outcome.FAILED
+        return Proof(venue.name, outcome, str(exc), venue.label)
+    except TensorError as exc:
+        return Proof(venue.name, Outcome.FAILED, str(exc), venue.label)
     objections = [
         *(
             text
@@ -221,32 +264,62 @@ class _Trial:
     report: Report
     is_canceled: Callable[[], bool]
 
-    def run(self, candidate: ModelFile, runtime: str, baseline: Baseline | None) -> Proof:
+    def run(self, candidate: ModelFile, venue: Venue, baseline: Baseline | None) -> Proof:
         with ExitStack() as stack:
-            child, loaded = self._load(stack, candidate, runtime)
+            self._pause(0.0, "loading")
+            child, loaded = self._load(stack, candidate, venue)
             self._pause(0.2, "golden inputs")
             outputs = run_rows(child, loaded, self.golden.inputs)
             parities = self._compare(outputs)
             sure, rows = self._compare_sure(outputs)
-            self._pause(0.5, "latency")
-            other = None
-            if baseline is not None and baseline.file.path != candidate.path:
-                other, _ = self._load(stack, baseline.file, baseline.runtime)
-            p50_ms, ratio = self._measure(child, other)
-            after = child.ask({"do": "measure", "concurrency": 1, "batch": 1, "seconds": 0.05})
+            costs = {}
+            if venue.is_timed:
+                self._pause(0.5, "latency")
+                costs = self._measure_costs(stack, (child, loaded), candidate, baseline)
             self._pause(1.0, "")
         return Proof(
-            runtime=runtime,
+            runtime=venue.name,
             outcome=Outcome.OK,
+            label=venue.label,
             version=loaded["version"],
             parities=parities,
             confident_agreement=sure,
             confident_rows=rows,
-            p50_ms=p50_ms,
-            latency_ratio=ratio,
-            load_ms=loaded["load_ms"],
-            rss_mb=after["rss_mb"] - loaded["base_rss_mb"],
+            **costs,
         )
+
+    def _measure_costs(
+        self,
+        stack: ExitStack,
+        mine: tuple[Measurer, dict[str, Any]],
+        candidate: ModelFile,
+        baseline: Baseline | None,
+    ) -> dict[str, Any]:
+        child, loaded = mine
+        self._prepare(child, loaded)
+        other = None
+        if baseline is not None and baseline.file.path != candidate.path:
+            other = self._load_baseline(stack, baseline)
+        p50_ms, ratio = self._measure(child, other, _find_batches(loaded))
+        after = child.ask({"do": "measure", "concurrency": 1, "batch": 1, "seconds": 0.05}, 0.05)
+        return {
+            "p50_ms": p50_ms,
+            "latency_ratio": ratio,
+            "load_ms": loaded["load_ms"],
+            "rss_mb": after["rss_mb"] - loaded["base_rss_mb"],
+        }
+
+    def _load_baseline(self, stack: ExitStack, baseline: Baseline) -> Measurer | None:
+        """Return the baseline, ready to be measured; None where it does not run.
+
+        That it does not is no word on the candidate.
+        """
+        try:
+            child, loaded = self._load(stack, baseline.file, get_venue(baseline.runtime))
+            self._prepare(child, loaded)
+        except MeasuringError:
+            return None
+        return child
 
     def _pause(self, share: float, doing: str) -> None:
         if self.is_canceled():
@@ -255,13 +328,16 @@ class _Trial:
         self.report(share, doing)
 
     def _load(
-        self, stack: ExitStack, file: ModelFile, runtime: str
+        self, stack: ExitStack, file: ModelFile, venue: Venue
     ) -> tuple[Measurer, dict[str, Any]]:
-        child = stack.enter_context(Measurer(self.limits.answer_s, self.limits.memory_mb))
+        child = stack.enter_context(
+            Measurer(self.limits.answer_s, self.limits.memory_mb, interpreter=venue.interpreter)
+        )
         loaded = child.ask(
             {
                 "do": "load",
-                "runtime": runtime,
+                "runtime": venue.runtime,
+                "target": venue.target,
                 "file": str(file.path),
                 "threads": 1,
                 "declared": {
@@ -293,39 +369,59 @@ class _Trial:
         same = right[is_sure].argmax(axis=1) == outputs[name][is_sure].argmax(axis=1)
         return float(same.mean()), int(is_sure.sum())
 
-    def _measure(
-        self, child: Measurer, other: Measurer | None
-    ) -> tuple[dict[int, float], dict[int, float]]:
-        """Return the p50 by batch size, and its ratio to the baseline's, taken in turns."""
+    def _prepare(self, child: Measurer, loaded: Mapping[str, Any]) -> None:
+        """Give the child inputs to measure with, and let it run once."""
+        fixed = _find_fixed_batch(loaded)
+        rows = self.golden.inputs if fixed is None else repeat_rows(self.golden.inputs, fixed)
         with tempfile.TemporaryDirectory(prefix="edgeward-proof-") as name:
             inputs = Path(name) / "inputs.npz"
-            save_arrays(inputs, self.golden.inputs)
-            for one in filter(None, (child, other)):
-                one.ask({"do": "prepare", "inputs": str(inputs), "seed": SEED, "shapes": {}})
+            save_arrays(inputs, rows)
+            child.ask({"do": "prepare", "inputs": str(inputs), "seed": SEED, "shapes": {}})
+
+    def _measure(
+        self, child: Measurer, other: Measurer | None, batches: Mapping[int, int]
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Return the p50 by batch size, and its ratio to the baseline's, taken in turns."""
         p50_ms: dict[int, float] = {}
         ratio: dict[int, float] = {}
-        for rows in BATCHES:
+        for rows, asked in batches.items():
             mine, theirs = [], []
             for _ in range(_ROUNDS):
                 self._pause(0.6, f"batches of {rows}")
-                found = self._measure_once(child, rows)
-                if found is None:
-                    break
-                mine.append(found)
-                if other is not None and (reference := self._measure_once(other, rows)):
-                    theirs.append(reference)
-            if mine:
-                p50_ms[rows] = float(np.median(mine))
-            if mine and len(theirs) == len(mine):
+                mine.append(self._measure_once(child, asked))
+                if other is not None:
+                    theirs.append(self._measure_baseline(other, rows))
+            p50_ms[rows] = float(np.median(mine))
+            if theirs and np.isfinite(theirs).all():
                 pairs = zip(mine, theirs, strict=True)
                 ratio[rows] = float(np.median([one / two for one, two in pairs]))
         return p50_ms, ratio
 
-    def _measure_once(self, child: Measurer, rows: int) -> float | None:
+    def _measure_baseline(self, child: Measurer, rows: int) -> float:
+        """Return the baseline's p50; NaN where it does not run, or not with so many rows."""
+        try:
+            return self._measure_once(child, rows)
+        except MeasuringError:
+            return math.nan
+
+    def _measure_once(self, child: Measurer, rows: int) -> float:
         part_s = self.limits.point_s
         request = {"do": "measure", "concurrency": 1, "batch": rows, "seconds": part_s}
-        found = child.ask(request, part_s)
-        return None if "skipped" in found else float(found["p50_ms"])
+        return float(child.ask(request, part_s).get("p50_ms", math.nan))
+
+
+def _find_fixed_batch(loaded: Mapping[str, Any]) -> int | None:
+    """Return the rows that a loaded model always takes, or None where it takes any number."""
+    shapes = [item["shape"] for item in loaded["inputs"]]
+    if all(shape and shape[0] == -1 for shape in shapes):
+        return None
+    return max(1, shapes[0][0] if shapes[0] else 1)
+
+
+def _find_batches(loaded: Mapping[str, Any]) -> dict[int, int]:
+    """Return which batches are measured, and what the child is asked for to do so."""
+    fixed = _find_fixed_batch(loaded)
+    return {rows: rows for rows in BATCHES} if fixed is None else {fixed: 1}
 
 
 def compute_probabilities(scores: Array) -> Array:

@@ -3,11 +3,14 @@
 Owns the child's side of the pipe: a request is one JSON object on standard input, an answer
 one JSON object on a private copy of standard output, since libraries print to the real one.
 
-    {"do": "load", "runtime", "file", "threads", "declared"} → what was loaded, times, memory
+    {"do": "load", "runtime", "file", "threads", "declared", "target"}
+                                                          → what was loaded, times, memory
     {"do": "prepare", "inputs": FILE.npz | null, "seed", "shapes"}
     {"do": "measure", "concurrency", "batch", "seconds"}  → figures, or {"skipped": why}
     {"do": "stress", "concurrency", "batch", "seconds"}   → {"progress": …}… and figures
     {"do": "run", "inputs": FILE.npz, "outputs": FILE.npz, "repeats"} → times
+
+A runtime that is not registered is named by `target`, as `package.module:Class`.
 
 An expected error is answered as `{"error": {"code", "message"}}`. The child ends when its
 standard input does. It imports what a model needs and no more, so that its memory is the
@@ -28,7 +31,7 @@ from platforms.errors import PlatformError
 from platforms.measuring.load import measure, read_memory, stress
 from platforms.measuring.sample import load_arrays, make_random_inputs, repeat_rows, save_arrays
 from platforms.runtimes.base import Array, Declared, LoadOptions, Session
-from platforms.runtimes.registry import get_runtime
+from platforms.runtimes.registry import get_runtime, import_runtime
 
 _STDOUT, _STDERR = 1, 2
 
@@ -66,10 +69,15 @@ class Child:
         return self._session
 
     def _load(
-        self, runtime: str, file: str, threads: int, declared: dict[str, Any] | None = None
+        self,
+        runtime: str,
+        file: str,
+        threads: int,
+        declared: dict[str, Any] | None = None,
+        target: str | None = None,
     ) -> dict[str, Any]:
         base = read_memory()
-        adapter = get_runtime(runtime)
+        adapter = import_runtime(runtime, target, "") if target else get_runtime(runtime)
         started = time.perf_counter()
         version = adapter.version()
         imported = time.perf_counter()
@@ -155,14 +163,23 @@ def _write(answers: TextIO, answer: Mapping[str, Any]) -> None:
     answers.flush()
 
 
-def main() -> int:
-    """Answer requests until standard input ends."""
+def serve(make: Callable[[TextIO], Callable[[dict[str, Any]], dict[str, Any]]]) -> int:
+    """Answer requests until standard input ends.
+
+    Args:
+        make: is given where progress goes, and returns what answers one request.
+    """
     with os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8") as answers:
         os.dup2(_STDERR, _STDOUT)
-        child = Child(answers)
+        answer = make(answers)
         for line in sys.stdin:
-            _write(answers, child.answer(json.loads(line)))
+            _write(answers, answer(json.loads(line)))
     return 0
+
+
+def main() -> int:
+    """Load and measure as told."""
+    return serve(lambda answers: Child(answers).answer)
 
 
 if __name__ == "__main__":

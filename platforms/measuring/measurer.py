@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -41,17 +41,28 @@ class Measurer:
     Args:
         answer_limit_s: for one answer beyond the time that was asked for.
         memory_limit_mb: the child is ended where it takes more; None: no limit.
+        interpreter: the Python of another environment, with NumPy, psutil and the runtime: the
+            child then finds nothing of this one but `platforms`. None: this process's own.
+        module: what the child runs; it speaks as `platforms.measuring.child` does.
     """
 
     def __init__(
-        self, answer_limit_s: float = ANSWER_LIMIT_S, memory_limit_mb: float | None = None
+        self,
+        answer_limit_s: float = ANSWER_LIMIT_S,
+        memory_limit_mb: float | None = None,
+        *,
+        interpreter: Path | None = None,
+        module: str = _MODULE,
     ) -> None:
+        self._stack = ExitStack()
+        self._interpreter = interpreter
+        self._module = module
         self._answer_limit_s = answer_limit_s
         self._memory_limit_mb = memory_limit_mb
         self._excess_mb: float | None = None
         self._over = threading.Event()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        self._process = self._start()
+        self._process = self._start(self._find_path())
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="measurer", daemon=True)
         self._reader.start()
@@ -70,12 +81,23 @@ class Measurer:
                     child.kill()
                     return
 
-    def _start(self) -> "subprocess.Popen[str]":
-        # The child finds what this process finds; -P keeps the working directory off its path.
-        path = [*filter(None, sys.path), str(Path(__file__).parents[2])]
+    def _find_path(self) -> list[str]:
+        """Return where the child finds modules."""
+        package = Path(__file__).parents[1]
+        if self._interpreter is None:
+            # What this process finds.
+            return [*filter(None, sys.path), str(package.parent)]
+        # Beside an installed `platforms` lie libraries that are not meant for the other Python.
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeward-path-"))
+        (Path(folder) / package.name).symlink_to(package, target_is_directory=True)
+        return [folder]
+
+    def _start(self, path: list[str]) -> "subprocess.Popen[str]":
         tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid())]
+        python = sys.executable if self._interpreter is None else str(self._interpreter)
         return subprocess.Popen(
-            [*tether, sys.executable, "-P", "-m", _MODULE],
+            # -P keeps the working directory off its path.
+            [*tether, python, "-P", "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -121,7 +143,8 @@ class Measurer:
             if on_progress is not None:
                 on_progress(answer["progress"])
         if "error" in answer:
-            raise MeasuringError(f"{answer['error']['message']} [{answer['error']['code']}]")
+            error = answer["error"]
+            raise MeasuringError(f"{error['message']} [{error['code']}]", error["code"])
         return answer
 
     def _receive(self, limit_s: float) -> dict[str, Any]:
@@ -169,6 +192,7 @@ class Measurer:
             if pipe is not None:
                 _close_quietly(pipe)
         self._errors.close()
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self

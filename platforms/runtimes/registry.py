@@ -141,11 +141,20 @@ def get_runtime(name: str) -> "Runtime":
         msg = f"there is no runtime {name!r}; known are {', '.join(sorted(registry.entries))}"
         raise RuntimeMissingError(msg)
     entry = registry.entries[name]
-    module, _, attribute = entry.target.partition(":")
+    return import_runtime(name, entry.target, entry.extra)
+
+
+def import_runtime(name: str, target: str, extra: str) -> "Runtime":
+    """Return the adapter at `package.module:Class`, whether it is registered or not.
+
+    Raises:
+        RuntimeMissingError: it cannot be imported.
+    """
+    module, _, attribute = target.partition(":")
     try:
         adapter: type[Runtime] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as exc:
-        msg = f"runtime {name}: {entry.target} cannot be loaded ({exc}); install {entry.extra}"
+        msg = f"runtime {name}: {target} cannot be loaded ({exc}); install {extra}"
         raise RuntimeMissingError(msg) from exc
     return adapter()
 
