@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agent.fileio import write_atomic
+from agent.fileio import make_folders, write_atomic
 from agent.manifest import MANIFEST_FILE, compute_sha256
 from platforms.spec import PlatformSpec
 
@@ -223,7 +223,7 @@ def choice_path(folder: Path, digest: str) -> Path:
 
 def write_choice(folder: Path, record: ChoiceRecord) -> Path:
     """Keep a record, durably."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     path = choice_path(folder, record.digest)
     write_atomic(path, json.dumps(record.to_json(), indent=1))
     return path

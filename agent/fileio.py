@@ -24,6 +24,16 @@ def fsync_tree(folder: Path) -> None:
     fsync_dir(folder)
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each durable in the one above."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_dir(folder.parent)
+
+
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     """Replace `path` with `text` in one step; a reader sees the old or the new, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -44,9 +54,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: it could not be written whole (disk full); what was written is cut off again.
     """
     created = not path.exists()
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
-        fsync_dir(path.parent.parent)
+    make_folders(path.parent)
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.clock import Clock
 from agent.errors import LeaseError
-from agent.fileio import write_atomic
+from agent.fileio import make_folders, write_atomic
 from agent.manifest import NAME_PATTERN
 
 LONGEST_S = 7 * 86_400.0
@@ -74,7 +74,7 @@ def take_lease(folder: Path, clock: Clock, name: str, duration_s: float, why: st
         msg = f"lease: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise LeaseError(msg) from exc
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         write_atomic(_locate(folder, name), lease.model_dump_json())
     except OSError as exc:
         msg = f"the lease {name} cannot be written below {folder}: {exc.strerror}"

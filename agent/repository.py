@@ -25,7 +25,7 @@ from agent.errors import (
     RepositoryBusyError,
     VersionNotFoundError,
 )
-from agent.fileio import fsync_dir, fsync_tree, replace_link, write_atomic
+from agent.fileio import fsync_dir, fsync_tree, make_folders, replace_link, write_atomic
 from agent.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -178,7 +178,7 @@ class ModelRepository:
         verify_files(manifest, source)
         with self._lock():
             model = self._root / manifest.name
-            model.mkdir(parents=True, exist_ok=True)
+            make_folders(model)
             number = max(_numbers(model), default=0) + 1
             self._remove_staging()
             staging = model / f"{_STAGING}{number}"
@@ -191,7 +191,7 @@ class ModelRepository:
 
     def _stage(self, manifest: Manifest, source: Path, staging: Path) -> None:
         blobs = self._root / _BLOBS
-        blobs.mkdir(parents=True, exist_ok=True)
+        make_folders(blobs)
         staging.mkdir()
         digests = {entry.file: entry.sha256 for entry in manifest.artifacts} | manifest.files
         for name, digest in digests.items():
@@ -309,13 +309,15 @@ class ModelRepository:
                 gone = _read_link(model / link) in [item.number for item in versions]
                 if gone:
                     (model / link).unlink()
-            for item in versions:
-                doomed = model / f"{_STAGING}removed-{item.number}"
+            doomed = [model / f"{_STAGING}removed-{item.number}" for item in versions]
+            for item, folder in zip(versions, doomed, strict=True):
                 # A remove that was cut short may have left one of that name.
-                shutil.rmtree(doomed, ignore_errors=True)
-                item.folder.rename(doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(folder, ignore_errors=True)
+                item.folder.rename(folder)
+            # No longer a version for sure, before the first of its files goes.
             fsync_dir(model)
+            for folder in doomed:
+                shutil.rmtree(folder)
             self._collect_garbage()
             if not _numbers(model):
                 for name in (TRAFFIC_FILE, _PIN):
@@ -337,7 +339,7 @@ class ModelRepository:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        self._root.mkdir(parents=True, exist_ok=True)
+        make_folders(self._root)
         with (self._root / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,9 +5,9 @@ Owns the vocabulary (`ModelFormat`, `ModelFile`) and the contract of a tool: one
     def convert(task: Task) -> Facts
 
 that reads `task.source`, writes `task.target` and returns what is worth telling as a
-JSON-ready mapping. It runs in a process of its own (`converters.hop`), on a copy of its input,
-under a time and a memory limit, so it may load any library, crash or hang. Nothing here loads
-a model.
+JSON-ready mapping. It runs in a process of its own (`converters.routes.hop`), on a copy of its
+input, under a time and a memory limit, so it may load any library, crash or hang. Nothing here
+loads a model.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,6 +42,8 @@ class ModelFormat(StrEnum):
     SAVED_MODEL = "saved_model"
     OPENVINO = "openvino"
     COREML = "coreml"
+    TENSORRT = "tensorrt"
+    """An engine: built on the box that runs it, bound to its GPU, never published."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlmodel import SQLModel
 
 from agent.errors import StorageFullError, StoreDamagedError, StoreError
+from agent.fileio import make_folders
 from agent.store import tables  # noqa: F401 (its classes are the schema)
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def open_engine(path: Path, synchronous: str = "FULL") -> Engine:
 
     Every transaction is BEGIN IMMEDIATE: this is the writer's engine.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     disk = os.statvfs(path.parent)
     pragmas = _pragmas(synchronous, disk.f_blocks * disk.f_frsize)
     engine = create_engine(

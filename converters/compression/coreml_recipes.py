@@ -17,6 +17,7 @@ from converters.errors import CompressionError, RecipeError
 from converters.task import Facts, Task
 
 EXTRA = "convert"
+PALETTE_EXTRA = "compress"
 _PACKAGES = ("coremltools",)
 _COMPRESSED = "constexpr_"
 """What the operations begin with that make full weights of compressed ones."""
@@ -48,7 +49,8 @@ def int8_weights(task: Task) -> Facts:
 def palettized(task: Task) -> Facts:
     """Store weights as indices into a table of each tensor; arithmetic stays in float.
 
-    Options: `bits` of an index: 1, 2, 3, 4, 6 or 8; `mode`: `kmeans` or `uniform`; `min_weights`:
+    Options: `bits` of an index: 1, 2, 3, 4, 6 or 8; `mode`: `kmeans`, which needs scikit-learn, or
+    `uniform`; `min_weights`:
     tensors with fewer values stay as they are.
 
     Raises:
@@ -57,7 +59,9 @@ def palettized(task: Task) -> Facts:
     """
     options = read_options(task, PALETTE_OPTIONS)
     get_choice(options, "bits", (1, 2, 3, 4, 6, 8))
-    get_choice(options, "mode", ("kmeans", "uniform"))
+    if get_choice(options, "mode", ("kmeans", "uniform")) == "kmeans":
+        # coremltools imports it in the middle of its work.
+        import_library("sklearn.cluster", PALETTE_EXTRA)
     compress = import_library("coremltools.optimize.coreml", EXTRA)
     config = compress.OpPalettizerConfig(
         mode=options["mode"], nbits=options["bits"], weight_threshold=options["min_weights"]

@@ -7,6 +7,7 @@ be known: LiteRT 2 computes it rightly, tflite-runtime 2.14 loads and runs it an
 (ours, EfficientNet-Lite0: agreement .000). What serves it must be the runtime it was proven on.
 """
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def static_int8(task: Task) -> Facts:
     method = get_choice(options, "method", tuple(_METHODS))
     edges = get_choice(options, "edges", ("float", "int8"))
     import_library("ai_edge_quantizer", EXTRA)
-    signature, specs = _read_signature(task.source.path)
+    source = _sign(task.source.path, task.scratch)
+    signature, specs = _read_signature(source)
     calibration = read_calibration(get_calibration_file(options), specs)
-    content = task.source.path.read_bytes()
-    seen = _Seen(signature, specs, calibration, content, method, edges == "float")
+    seen = _Seen(source, signature, specs, calibration, method, edges == "float")
     facts = _quantize(task, "litert_static", _STATIC, seen)
     return {
         **facts,
@@ -69,11 +70,11 @@ def static_int8(task: Task) -> Facts:
 class _Seen:
     """What a static quantizer needs beside the model."""
 
+    source: Path
+    """The model, with a signature."""
     signature: str
     specs: tuple[TensorSpec, ...]
     calibration: CalibrationSet
-    content: bytes
-    """Of the file."""
     method: str
     has_float_edges: bool
 
@@ -114,7 +115,8 @@ def _quantize(
     recipes = import_library("ai_edge_quantizer.recipe", EXTRA)
     before = count_narrow_tensors(task.source.path)
     try:
-        quantizer = library.Quantizer(str(task.source.path), getattr(recipes, kind)())
+        source = seen.source if seen is not None else task.source.path
+        quantizer = library.Quantizer(str(source), getattr(recipes, kind)())
         ranges = _calibrate(quantizer, seen, task.report) if seen is not None else None
         task.report(0.6, "quantizing")
         made = quantizer.quantize(ranges, enable_progress_report=False)
@@ -142,7 +144,7 @@ def _calibrate(quantizer: Any, seen: _Seen, report: Report) -> Any:
     report(0.2, f"calibrating with {seen.calibration.samples} samples")
     feeds = list(seen.calibration.iter_feeds(seen.specs))
     calibrator = library.Calibrator(
-        seen.content,
+        seen.source.read_bytes(),
         num_threads=1,
         qsv_update_func=getattr(ranges, _METHODS[seen.method]),
     )
@@ -152,25 +154,62 @@ def _calibrate(quantizer: Any, seen: _Seen, report: Report) -> Any:
     return calibrator.get_model_qsvs()
 
 
+def _sign(path: Path, scratch: Path) -> Path:
+    """Return the model, or a copy with a signature where it has none: calibration goes by them.
+
+    Files of TensorFlow 1 and MediaPipe have none.
+
+    Raises:
+        CompressionError: it is no `.tflite` file, or has several graphs and no signature.
+    """
+    schema = import_library("ai_edge_litert.schema_py_generated", EXTRA)
+    flatbuffers = import_library("flatbuffers", EXTRA)
+    try:
+        model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    except (*TOOL_FAULTS, struct.error) as exc:
+        msg = f"{path.name} cannot be read as TFLite: {exc!r}"
+        raise CompressionError(msg) from exc
+    if model.signatureDefs:
+        return path
+    if len(model.subgraphs) != 1:
+        msg = f"{path.name} has {len(model.subgraphs)} graphs and no signature to tell which runs"
+        raise CompressionError(msg)
+    (graph,) = model.subgraphs
+    signature = schema.SignatureDefT()
+    signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+    for edge, indices in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        maps = [_map_tensor(schema, graph.tensors[index].name, index) for index in indices]
+        setattr(signature, edge, maps)
+    model.signatureDefs = [signature]
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    signed = scratch / "signed.tflite"
+    signed.write_bytes(builder.Output())
+    return signed
+
+
+def _map_tensor(schema: Any, name: bytes, index: int) -> Any:
+    entry = schema.TensorMapT()
+    entry.name, entry.tensorIndex = name, int(index)
+    return entry
+
+
 def _read_signature(path: Path) -> tuple[str, tuple[TensorSpec, ...]]:
     """Return the first signature's name and its inputs, by which the quantizer is fed.
 
     Raises:
-        CompressionError: the file cannot be read, or has no signature.
+        CompressionError: the file cannot be read.
     """
     litert = import_library("ai_edge_litert.interpreter", EXTRA)
     try:
         interpreter = litert.Interpreter(model_path=str(path))
-        signatures = [*interpreter.get_signature_list()]
-        if not signatures:
-            msg = f"{path.name} has no signature, which calibration needs: convert it again"
-            raise CompressionError(msg)
-        details = interpreter.get_signature_runner(signatures[0]).get_input_details()
+        signature = next(iter(interpreter.get_signature_list()))
+        details = interpreter.get_signature_runner(signature).get_input_details()
     except TOOL_FAULTS as exc:
         msg = f"{path.name} cannot be read as TFLite: {exc}"
         raise CompressionError(msg) from exc
     specs = tuple(_describe(name, found) for name, found in details.items())
-    return signatures[0], specs
+    return signature, specs
 
 
 def _describe(name: str, found: dict[str, Any]) -> TensorSpec:
@@ -194,6 +233,6 @@ def count_narrow_tensors(path: Path) -> int:
             for graph in graphs
             for index in range(graph.TensorsLength())
         )
-    except TOOL_FAULTS as exc:
+    except (*TOOL_FAULTS, struct.error) as exc:
         msg = f"{path.name} cannot be read as TFLite: {exc!r}"
         raise CompressionError(msg) from exc

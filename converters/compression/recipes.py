@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from converters.errors import RecipeError
+from converters.routes.registry import ToolEntry
 from converters.task import ModelFormat, Tool
 from platforms.artifact import Precision
 
@@ -24,6 +25,7 @@ class Recipe:
 
     name: str
     source: ModelFormat
+    """`CALLABLE` stands for `STATE_DICT`, too."""
     target: ModelFormat
     precision: Precision
     """Of the result."""
@@ -33,6 +35,8 @@ class Recipe:
     """What to install: `pip install 'edgeward[<extra>]'`."""
     needs_calibration: bool
     """Whether it cannot do without the option `calibration`."""
+    modules: tuple[str, ...]
+    """What its tool imports, to be looked for before it runs."""
     note: str
     """When it is worth it, and when it is not, in a sentence."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -53,6 +57,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_ONNX}:static_int8",
         "convert",
         needs_calibration=True,
+        modules=("onnx", "onnxruntime"),
         note="for convolutions: twice fp32's speed on a CPU with VNNI, a quarter of the size",
     ),
     Recipe(
@@ -63,6 +68,7 @@ RECIPES: tuple[Recipe, ...] = (
         "converters.compression.onnx_search:search",
         "convert",
         needs_calibration=True,
+        modules=("onnx", "onnxruntime"),
         note="static INT8 but for the fewest nodes that the budget asks to leave in fp32",
         options=MappingProxyType({"recipe": "onnx_static"}),
     ),
@@ -74,6 +80,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_ONNX}:dynamic_int8",
         "convert",
         needs_calibration=False,
+        modules=("onnx", "onnxruntime"),
         note="for attention and perceptrons; leaves convolutions in fp32, which it would slow down",
     ),
     Recipe(
@@ -84,6 +91,7 @@ RECIPES: tuple[Recipe, ...] = (
         "converters.compression.onnx_search:search",
         "convert",
         needs_calibration=False,
+        modules=("onnx", "onnxruntime"),
         note="dynamic INT8 but for the fewest nodes that the budget asks to leave in fp32",
         options=MappingProxyType({"recipe": "onnx_dynamic"}),
     ),
@@ -95,6 +103,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_ONNX}:fp16",
         "convert",
         needs_calibration=False,
+        modules=("onnx", "onnxruntime"),
         note="half the size; for GPUs: a CPU is no faster with it, or slower",
     ),
     Recipe(
@@ -105,6 +114,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_ONNX}:weight_only",
         "convert",
         needs_calibration=False,
+        modules=("onnx", "onnxruntime"),
         note="weights of MatMul only, arithmetic in float; does nothing to Conv and Gemm",
         options=MappingProxyType({"bits": 8}),
     ),
@@ -116,6 +126,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_ONNX}:weight_only",
         "convert",
         needs_calibration=False,
+        modules=("onnx", "onnxruntime"),
         note="weights of MatMul only, in blocks of 32; does nothing to Conv and Gemm",
         options=MappingProxyType({"bits": 4}),
     ),
@@ -127,6 +138,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_LITERT}:static_int8",
         "convert",
         needs_calibration=True,
+        modules=("ai_edge_quantizer", "ai_edge_litert"),
         note="the fastest on LiteRT; right in both TFLite runtimes, but slow in tflite-runtime",
     ),
     Recipe(
@@ -137,6 +149,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_LITERT}:dynamic_int8",
         "convert",
         needs_calibration=False,
+        modules=("ai_edge_quantizer", "ai_edge_litert"),
         note="needs no data; right in LiteRT 2, garbage in tflite-runtime 2.14",
     ),
     Recipe(
@@ -147,6 +160,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_LITERT}:weight_only",
         "convert",
         needs_calibration=False,
+        modules=("ai_edge_quantizer", "ai_edge_litert"),
         note="a quarter of the size at float's speed; right in both TFLite runtimes",
     ),
     Recipe(
@@ -157,6 +171,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_OPENVINO}:int8",
         "openvino",
         needs_calibration=True,
+        modules=("openvino", "nncf"),
         note="for convolutions and attention alike: 1.8–3.5 times onnxruntime's fp32",
     ),
     Recipe(
@@ -167,6 +182,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_OPENVINO}:weights",
         "openvino",
         needs_calibration=False,
+        modules=("openvino", "nncf"),
         note="a quarter of the weights, arithmetic in float",
         options=MappingProxyType({"bits": 8}),
     ),
@@ -178,6 +194,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_OPENVINO}:weights",
         "openvino",
         needs_calibration=False,
+        modules=("openvino", "nncf"),
         note="products in 4 bits, the rest in 8; of a net of convolutions it makes weights of 8",
         options=MappingProxyType({"bits": 4}),
     ),
@@ -189,6 +206,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_OPENVINO}:fp16",
         "openvino",
         needs_calibration=False,
+        modules=("openvino", "nncf"),
         note="half the weights' size; a CPU computes as before",
     ),
     Recipe(
@@ -199,6 +217,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_COREML}:fp16",
         "convert",
         needs_calibration=False,
+        modules=("coremltools",),
         note="what Apple's Neural Engine computes in",
     ),
     Recipe(
@@ -209,6 +228,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"{_COREML}:int8_weights",
         "convert",
         needs_calibration=False,
+        modules=("coremltools",),
         note="weights in 8 bits per channel, arithmetic in float",
     ),
     Recipe(
@@ -217,11 +237,65 @@ RECIPES: tuple[Recipe, ...] = (
         ModelFormat.COREML,
         Precision.INT8,
         f"{_COREML}:palettized",
-        "convert",
+        "compress",
         needs_calibration=False,
+        modules=("coremltools", "sklearn"),
         note="weights as 6-bit indices into a table for each tensor, arithmetic in float",
     ),
+    Recipe(
+        "torch_pruned",
+        ModelFormat.CALLABLE,
+        ModelFormat.TORCH_EXPORT,
+        Precision.FP32,
+        "converters.compression.pruning:run",
+        "compress",
+        needs_calibration=False,
+        modules=("torch", "torch_pruning"),
+        note="fewer channels, then a short training on the user's data; not for attention",
+        options=MappingProxyType({"method": "channels"}),
+    ),
+    Recipe(
+        "torch_masked",
+        ModelFormat.CALLABLE,
+        ModelFormat.TORCH_EXPORT,
+        Precision.FP32,
+        "converters.compression.pruning:run",
+        "compress",
+        needs_calibration=False,
+        modules=("torch", "torch_pruning"),
+        note="zeros in place of small weights: neither smaller nor faster, for studies only",
+        options=MappingProxyType({"method": "masks"}),
+    ),
+    Recipe(
+        "torch_distilled",
+        ModelFormat.CALLABLE,
+        ModelFormat.TORCH_EXPORT,
+        Precision.FP32,
+        "converters.compression.distillation:run",
+        "convert",
+        needs_calibration=False,
+        modules=("torch",),
+        note="a smaller net taught by a larger one; wins where few rows have labels",
+    ),
 )
+
+
+def get_tool_entry(recipe: Recipe) -> ToolEntry:
+    """Return a recipe as `converters.routes.hop.run_hop` takes it.
+
+    Its `options` go into the call, over the user's own.
+    """
+    is_torch = recipe.source is ModelFormat.CALLABLE
+    return ToolEntry(
+        name=recipe.name,
+        sources=(recipe.source, ModelFormat.STATE_DICT) if is_torch else (recipe.source,),
+        target=recipe.target,
+        entry=recipe.entry,
+        modules=recipe.modules,
+        extra=recipe.extra,
+        precision=recipe.precision,
+        note=recipe.note,
+    )
 
 
 def get_recipe(name: str) -> Recipe:
@@ -254,6 +328,7 @@ def describe_recipes() -> list[dict[str, Any]]:
             "precision": recipe.precision.value,
             "needs_calibration": recipe.needs_calibration,
             "extra": recipe.extra,
+            "modules": list(recipe.modules),
             "note": recipe.note,
         }
         for recipe in RECIPES

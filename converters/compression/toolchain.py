@@ -31,6 +31,9 @@ TOOL_FAULTS = (
 )
 """What the libraries raise on models they do not know what to do with; none documents a set."""
 
+_OF_THE_HOP = frozenset({"origin"})
+"""What `converters.routes.hop` may add for every tool; no recipe has a use for it."""
+
 
 def read_options(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the task's options over their defaults.
@@ -38,11 +41,12 @@ def read_options(task: Task, defaults: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: an option is unknown, or of another type than its default (None: of any).
     """
-    unknown = sorted(task.options.keys() - defaults.keys())
+    given = {name: value for name, value in task.options.items() if name not in _OF_THE_HOP}
+    unknown = sorted(given.keys() - defaults.keys())
     if unknown:
         msg = f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(defaults))}"
         raise RecipeError(msg)
-    found = {**defaults, **task.options}
+    found = {**defaults, **given}
     for name, default in defaults.items():
         if default is not None and not _is_alike(found[name], default):
             msg = f"option {name} is like {default!r}, not {found[name]!r:.80}"

@@ -95,7 +95,97 @@ _TORCH = (
     ModelFormat.TORCHSCRIPT,
 )
 
-TOOLS: tuple[ToolEntry, ...] = ()
+_OF_MODULE = (ModelFormat.CALLABLE, ModelFormat.STATE_DICT)
+_X86_OR_MAC = ("x86_64", "arm64", "AMD64")
+
+ONNX2TF_VARIABLE = "EDGEWARD_ONNX2TF_PYTHON"
+
+TOOLS: tuple[ToolEntry, ...] = (
+    ToolEntry(
+        name="torch.export",
+        sources=(*_OF_MODULE, ModelFormat.TORCHSCRIPT),
+        target=ModelFormat.TORCH_EXPORT,
+        entry=f"{_TOOLS}.torch_export:convert",
+        modules=("torch",),
+    ),
+    ToolEntry(
+        name="torch.onnx",
+        sources=_TORCH,
+        target=ModelFormat.ONNX,
+        entry=f"{_TOOLS}.torch_onnx:convert",
+        modules=("torch", "onnx", "onnxscript"),
+        note="opset 18, IR 10, batch free; one file below 2 GB",
+    ),
+    ToolEntry(
+        name="torch.jit",
+        sources=(*_OF_MODULE, ModelFormat.TORCH_EXPORT),
+        target=ModelFormat.TORCHSCRIPT,
+        entry=f"{_TOOLS}.torch_script:convert",
+        modules=("torch",),
+        note="deprecated by torch 2.13: prefer pt2",
+    ),
+    ToolEntry(
+        name="litert-torch",
+        sources=_TORCH,
+        target=ModelFormat.TFLITE,
+        entry=f"{_TOOLS}.torch_litert:convert",
+        modules=("torch", "litert_torch", "ai_edge_litert"),
+        extra="convert-litert",
+        systems=("linux", "darwin"),
+        machines=_X86_OR_MAC,
+        note="batch 1; 64-bit whole numbers become 32-bit",
+    ),
+    ToolEntry(
+        name="coremltools",
+        sources=_TORCH,
+        target=ModelFormat.COREML,
+        entry=f"{_TOOLS}.torch_coreml:convert",
+        modules=("torch", "coremltools"),
+        systems=("linux", "darwin"),
+        machines=_X86_OR_MAC,
+        python_below=(3, 14),
+        note="mlprogram for iOS 16 / macOS 13, batch 1 to 64; 64-bit whole numbers become 32-bit",
+    ),
+    ToolEntry(
+        name="openvino",
+        sources=(ModelFormat.ONNX, ModelFormat.SAVED_MODEL, ModelFormat.TFLITE),
+        target=ModelFormat.OPENVINO,
+        entry=f"{_TOOLS}.any_openvino:convert",
+        modules=("openvino",),
+        extra="openvino",
+        note="reads a SavedModel without TensorFlow",
+    ),
+    ToolEntry(
+        name="onnx2tf",
+        sources=(ModelFormat.ONNX,),
+        target=ModelFormat.TFLITE,
+        entry=f"{_TOOLS}.onnx_litert:convert",
+        modules=("ai_edge_litert",),
+        extra="litert",
+        environment=ONNX2TF_VARIABLE,
+        advice="python3.12 -m venv DIR && DIR/bin/pip install onnx2tf==2.6.9, then set "
+        f"{ONNX2TF_VARIABLE}=DIR/bin/python",
+        note="worked on 3 of 11 real models; give the torch source where there is one",
+    ),
+    ToolEntry(
+        name="tf2onnx",
+        sources=(ModelFormat.SAVED_MODEL, ModelFormat.TFLITE),
+        target=ModelFormat.ONNX,
+        entry=f"{_TOOLS}.tensorflow_onnx:convert",
+        modules=("tensorflow", "tf2onnx", "onnx"),
+        extra="tf",
+    ),
+    ToolEntry(
+        name="tensorrt",
+        sources=(ModelFormat.ONNX,),
+        target=ModelFormat.TENSORRT,
+        entry=f"{_TOOLS}.onnx_tensorrt:convert",
+        modules=("tensorrt",),
+        advice="on a box with an NVIDIA GPU: pip install tensorrt (on a Jetson it is part of "
+        "JetPack)",
+        note="built on the box that runs it, at staging; never published",
+    ),
+)
 
 
 def describe_tool(tool: ToolEntry, here: Surroundings | None = None) -> dict[str, Any]:

@@ -14,9 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from platforms.errors import ModelLoadError
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_VARINT_MAX_BYTES = 10
+from platforms.protowire import BYTES, iterate_fields
 
 _CHILDREN: Mapping[str, Mapping[int, str]] = MappingProxyType(
     {
@@ -66,51 +64,15 @@ def _find_locations(data: mmap.mmap) -> Iterator[str]:
                 yield value.decode("utf-8")
             continue
         children = _CHILDREN[kind]
-        for number, child_start, child_end in _iterate_fields(data, start, end):
-            if number in children:
-                pending.append((children[number], child_start, child_end))
+        for field in iterate_fields(data, start, end):
+            if field.wire_type == BYTES and field.number in children:
+                pending.append((children[field.number], field.start, field.end))
 
 
 def _read_entry(data: mmap.mmap, start: int, end: int) -> tuple[bytes, bytes]:
-    found = {number: data[a:b] for number, a, b in _iterate_fields(data, start, end)}
+    found = {
+        field.number: data[field.start : field.end]
+        for field in iterate_fields(data, start, end)
+        if field.wire_type == BYTES
+    }
     return found.get(_ENTRY_KEY, b""), found.get(_ENTRY_VALUE, b"")
-
-
-def _iterate_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (field number, start, end) of each length-delimited field of one message."""
-    at = start
-    while at < end:
-        tag, at = _read_varint(data, at)
-        wire_type = tag & 7
-        if wire_type == _BYTES:
-            length, at = _read_varint(data, at)
-            if at + length > end:
-                msg = f"a field at byte {at} is longer than the message around it"
-                raise ValueError(msg)
-            yield tag >> 3, at, at + length
-            at += length
-        else:
-            at = _skip_number(data, at, wire_type)
-
-
-def _skip_number(data: mmap.mmap, at: int, wire_type: int) -> int:
-    if wire_type == _VARINT:
-        return _read_varint(data, at)[1]
-    if wire_type == _FIXED64:
-        return at + 8
-    if wire_type == _FIXED32:
-        return at + 4
-    msg = f"wire type {wire_type} at byte {at}"
-    raise ValueError(msg)
-
-
-def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """Return the number at `at` and where it ends; IndexError at the end of the file."""
-    value = 0
-    for position in range(_VARINT_MAX_BYTES):
-        byte = data[at + position]
-        value |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:
-            return value, at + position + 1
-    msg = f"a number at byte {at} has no end"
-    raise ValueError(msg)

@@ -11,7 +11,9 @@ from tests.harness.commands import run_edgeward
 
 def find_processes(part: str) -> list[psutil.Process]:
     found = psutil.process_iter(["cmdline"])
-    return [process for process in found if any(part in word for word in process.info["cmdline"])]
+    # Of a process that has just ended there is no command line.
+    words = ((process, process.info["cmdline"] or ()) for process in found)
+    return [process for process, line in words if any(part in word for word in line)]
 
 
 def test_demo_passes_every_step_and_leaves_nothing_running(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agent.platformfile import PLATFORM_FILE, detect_and_save
 from platforms.runtimes.proof import prove_runtime
-from platforms.spec import Arch, Os, PlatformSpec
+from platforms.spec import Arch, Os, PlatformSpec, RuntimeFinding
 
 
 @cache
@@ -38,8 +38,8 @@ def seed_platform(data_dir: Path, *only: str) -> None:
     (data_dir / PLATFORM_FILE).write_text(json.dumps(document), encoding="utf-8")
 
 
-def describe_box(cores: int = 2) -> PlatformSpec:
-    """Return a made-up box with ONNX Runtime, proven here and now."""
+def describe_box(cores: int = 2, runtime: RuntimeFinding | None = None) -> PlatformSpec:
+    """Return a made-up box with one runtime; None: ONNX Runtime, proven here and now."""
     return PlatformSpec(
         os=Os.LINUX,
         os_version="",
@@ -51,5 +51,5 @@ def describe_box(cores: int = 2) -> PlatformSpec:
         memory_mb=4000,
         memory_machine_mb=4000,
         python_version="3.11",
-        runtimes=(prove_runtime("ort"),),
+        runtimes=(runtime or prove_runtime("ort"),),
     )

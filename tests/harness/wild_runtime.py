@@ -53,8 +53,8 @@ class WildRuntime(OrtRuntime):
             run, kept = session._run, []
 
             def keep_all(inputs, stop):
-                if len(kept) < 100_000:
-                    kept.append(b"x" * (16 << 10))
+                if len(kept) < 25_000:
+                    kept.append(b"x" * (64 << 10))
                 return run(inputs, stop)
 
             session._run = keep_all

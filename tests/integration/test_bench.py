@@ -285,6 +285,7 @@ def test_end_of_the_command_leaves_no_child_behind(
         )
     finally:
         process.kill()
+        process.wait()
     assert code == (130 if sent is signal.SIGINT else -sent)
 
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.fileio import make_folders
 from agent.manifest import compute_sha256
 from agent.release import BLOBS_DIR, CHUNKS_DIR, ReleaseDocument, ReleaseFile
 from worker.errors import (
@@ -262,7 +263,7 @@ class BlobFetcher:
     def _fetch(self, blob: ReleaseFile, old_files: Sequence[Path], run: _Run) -> None:
         final = self._get_path(blob)
         with _disk_errors(self._models):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(final.parent)
             with partfile.open_part(self._models, blob) as part:
                 # Another process may have finished it since the caller looked.
                 if self._is_stored(blob):

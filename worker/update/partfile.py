@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import SystemClock
-from agent.fileio import fsync_dir, write_atomic
+from agent.fileio import fsync_dir, make_folders, write_atomic
 from agent.release import ReleaseFile
 from worker.errors import FetchBusyError
 
@@ -225,7 +225,7 @@ def open_part(models: Path, blob: ReleaseFile) -> Iterator[PartFile]:
         OSError: it cannot be created.
     """
     folder = models / PARTS_DIR
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     path = folder / f"{blob.sha256}{PART_SUFFIX}"
     fd = _open(path)
     if os.fstat(fd).st_nlink > 1:

@@ -102,7 +102,9 @@ def _resize(content: bytearray, size: int) -> None:
 
 
 @dataclass(eq=False)
-class _Inode:
+class Inode:
+    """A file, whatever its names."""
+
     durable: bytearray = field(default_factory=bytearray)
     pending: list[Operation] = field(default_factory=list)
 
@@ -118,11 +120,12 @@ class _Inode:
         return content
 
     def sync(self) -> None:
+        """Let all of it last."""
         self.durable = self.read(Fate())
         self.pending.clear()
 
 
-_Names = dict[str, _Inode]
+_Names = dict[str, Inode]
 
 
 class Disk:
@@ -141,7 +144,7 @@ class Disk:
         if kind is Kind.SYNCED:
             self._sync(name)
         elif kind is Kind.CREATED:
-            inode = _Inode()
+            inode = Inode()
             self._change_names(lambda names: names.update({name: inode}))
         elif kind is Kind.UNLINKED:
             self._remove(name)

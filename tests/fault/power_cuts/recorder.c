@@ -6,7 +6,8 @@
  *     u8 kind, u16 path length, u64 offset, u64 size, u32 data length, path, data
  * in the machine's byte order, without padding. Kinds: 'c' created, 'w' written,
  * 't' truncated to `size`, 'a' space allocated up to `size`, 's' synced, 'u' unlinked,
- * 'r' renamed (data: the new path), 'm' mapped writable and shared.
+ * 'r' renamed (data: the new path), 'm' mapped writable and shared, 'd' folder made,
+ * 'x' folder removed, 'l' linked (data: the new path), 'y' symbolic link made (data: its target).
  *
  * One lock is held around each call and its entry: the record's order is the kernel's.
  * Files of the folder are never opened here: closing one would drop SQLite's POSIX locks.
@@ -23,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -208,6 +210,93 @@ int unlink(const char *path) {
     return rc;
 }
 
+/* Put the path of `name` in an open folder into `path`; 0 where that is not below the root. */
+static int is_watched_at(int folder, const char *name, char path[PATH_MAX]) {
+    if (name[0] == '/' || folder == AT_FDCWD) {
+        if (strlen(name) >= PATH_MAX) return 0;
+        strcpy(path, name);
+        return is_watched_path(path);
+    }
+    if (!is_watched(folder, path) || strlen(path) + strlen(name) + 2 > PATH_MAX) return 0;
+    strcat(strcat(path, "/"), name);
+    return 1;
+}
+
+int unlinkat(int folder, const char *name, int flags) {
+    char path[PATH_MAX];
+    if (!is_watched_at(folder, name, path)) return REAL(unlinkat)(folder, name, flags);
+    pthread_mutex_lock(&lock);
+    int rc = REAL(unlinkat)(folder, name, flags);
+    if (rc == 0) note(flags & AT_REMOVEDIR ? 'x' : 'u', path, 0, 0, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int mkdir(const char *path, mode_t mode) {
+    if (!is_watched_path(path)) return REAL(mkdir)(path, mode);
+    pthread_mutex_lock(&lock);
+    int rc = REAL(mkdir)(path, mode);
+    if (rc == 0) note('d', path, 0, 0, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int rmdir(const char *path) {
+    if (!is_watched_path(path)) return REAL(rmdir)(path);
+    pthread_mutex_lock(&lock);
+    int rc = REAL(rmdir)(path);
+    if (rc == 0) note('x', path, 0, 0, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int link(const char *from, const char *to) {
+    if (!is_watched_path(to)) return REAL(link)(from, to);
+    pthread_mutex_lock(&lock);
+    int rc = REAL(link)(from, to);
+    if (rc == 0) note('l', from, 0, 0, to, (uint32_t)strlen(to));
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+int symlink(const char *target, const char *path) {
+    if (!is_watched_path(path)) return REAL(symlink)(target, path);
+    pthread_mutex_lock(&lock);
+    int rc = REAL(symlink)(target, path);
+    if (rc == 0) note('y', path, 0, 0, target, (uint32_t)strlen(target));
+    pthread_mutex_unlock(&lock);
+    return rc;
+}
+
+ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
+    char path[PATH_MAX];
+    if (!is_watched(out, path)) return REAL(sendfile)(out, in, offset, size);
+    pthread_mutex_lock(&lock);
+    off_t from = offset != NULL ? *offset : lseek(in, 0, SEEK_CUR);
+    off_t at = lseek(out, 0, SEEK_CUR);
+    ssize_t done = REAL(sendfile)(out, in, offset, size);
+    for (ssize_t told = 0; told < done;) {
+        char piece[65536];
+        size_t wanted = (size_t)(done - told) < sizeof piece ? (size_t)(done - told) : sizeof piece;
+        ssize_t got = pread(in, piece, wanted, from + told);
+        if (got <= 0) abort();
+        note('w', path, (uint64_t)(at + told), (uint64_t)got, piece, (uint32_t)got);
+        told += got;
+    }
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+
+ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t size,
+                        unsigned int flags) {
+    char path[PATH_MAX];
+    if (is_watched(out, path)) {
+        errno = EXDEV; /* Callers copy by other means then. */
+        return -1;
+    }
+    return REAL(copy_file_range)(in, from, out, to, size, flags);
+}
+
 int rename(const char *from, const char *to) {
     if (!is_watched_path(from)) return REAL(rename)(from, to);
     pthread_mutex_lock(&lock);
@@ -241,6 +330,10 @@ int openat64(int folder, const char *path, int flags, ...) {
 
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
     return pwrite(fd, data, size, offset);
+}
+
+ssize_t sendfile64(int out, int in, off64_t *offset, size_t size) {
+    return sendfile(out, in, offset, size);
 }
 
 int ftruncate64(int fd, off64_t size) { return ftruncate(fd, size); }

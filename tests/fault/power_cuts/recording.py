@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,10 @@ class Kind(Enum):
     UNLINKED = "u"
     RENAMED = "r"
     MAPPED = "m"
+    FOLDER_MADE = "d"
+    FOLDER_REMOVED = "x"
+    LINKED = "l"
+    SYMLINKED = "y"
 
 
 class Operation(NamedTuple):
@@ -79,13 +84,19 @@ def record(workload: Workload, folder: Path, compiler: str = "cc") -> Recording:
     root = folder.resolve() / "run"
     data = root / "data"
     data.mkdir(parents=True)
-    library, entries = folder / "recorder.so", folder / "record"
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(_SOURCE), "-ldl"]
-    subprocess.run([*command, "-lpthread"], check=True, capture_output=True)
+    library, entries = compile_recorder(folder, compiler), folder / "record"
     _play(workload, root, library, entries)
     operations = _read(entries.read_bytes(), root)
     files = {path.name: path.read_bytes() for path in data.iterdir()}
     return Recording(operations, {name: files[name] for name in files if _lasts(name)})
+
+
+def compile_recorder(folder: Path, compiler: str) -> Path:
+    """Compile the recorder into `folder`."""
+    library = folder / "recorder.so"
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(_SOURCE), "-ldl"]
+    subprocess.run([*command, "-lpthread"], check=True, capture_output=True)
+    return library
 
 
 def _play(workload: Workload, root: Path, library: Path, entries: Path) -> None:
@@ -93,6 +104,11 @@ def _play(workload: Workload, root: Path, library: Path, entries: Path) -> None:
     argv += ["--seed", str(workload.seed), "--rounds", str(workload.rounds)]
     argv += ["--synchronous", workload.synchronous]
     argv += ["--acks-early"] * workload.acks_early
+    play(argv, root, library, entries)
+
+
+def play(argv: list[str], root: Path, library: Path, entries: Path) -> None:
+    """Run a command below the recorder, which watches the folder `root`."""
     environment = {
         **os.environ,
         "LD_PRELOAD": str(library),
@@ -104,6 +120,17 @@ def _play(workload: Workload, root: Path, library: Path, entries: Path) -> None:
 
 def _read(entries: bytes, root: Path) -> list[Operation]:
     operations = []
+    for path, found in iter_entries(entries):
+        name = _name(path, root)
+        if name is not None:
+            operation = found._replace(name=name)
+            check_seen(operation)
+            operations.append(operation)
+    return operations
+
+
+def iter_entries(entries: bytes) -> Iterator[tuple[Path, Operation]]:
+    """Yield what the recorder wrote: the path of a call, and the call, without a name."""
     at = 0
     while at < len(entries):
         kind, path_length, offset, size, data_length = _HEAD.unpack_from(entries, at)
@@ -112,12 +139,7 @@ def _read(entries: bytes, root: Path) -> list[Operation]:
         at += path_length
         data = entries[at : at + data_length]
         at += data_length
-        name = _name(path, root)
-        if name is not None:
-            operation = Operation(Kind(chr(kind)), name, offset, size, data)
-            _check(operation)
-            operations.append(operation)
-    return operations
+        yield path, Operation(Kind(chr(kind)), "", offset, size, data)
 
 
 def _name(path: Path, root: Path) -> str | None:
@@ -136,7 +158,12 @@ def _lasts(name: str) -> bool:
     return not name.endswith("-shm")
 
 
-def _check(operation: Operation) -> None:
+def check_seen(operation: Operation) -> None:
+    """Refuse a record that cannot be whole.
+
+    Raises:
+        IncompleteRecordError: a file is written through memory.
+    """
     if operation.kind is Kind.MAPPED:
         msg = f"{operation.name} is written through memory, where no write can be seen"
         raise IncompleteRecordError(msg)
