@@ -14,6 +14,7 @@ ConversionError                the root; what a caller decides differently becom
 │   ├── HopFailedError         its tool failed, died, or left nothing behind
 │   └── InputChangedError      its tool overwrote what it was given
 ├── BudgetError                a budget cannot be read
+├── MilOperatorError           the reference interpreter does not know an operator; names it
 ├── CalibrationError           the data to calibrate with cannot be used
 ├── RecipeError                a recipe is unknown, or does not apply to this model or these options
 ├── CompressionError           a recipe's tool failed on a model that it should take
@@ -127,6 +128,23 @@ class BudgetError(ConversionError):
     """A budget has an unknown key, a key twice, or a value that makes no sense."""
 
     code = "bad_budget"
+
+
+class MilOperatorError(ConversionError):
+    """A Core ML program has something in it that its reference interpreter cannot compute.
+
+    Args:
+        message: for a person.
+        operator: its name in the program.
+        node: where it stands, if that is known.
+    """
+
+    code = "unknown_mil_operator"
+
+    def __init__(self, message: str, operator: str = "", node: str = "") -> None:
+        super().__init__(message)
+        self.operator = operator
+        self.node = node
 
 
 class CalibrationError(ConversionError):
