@@ -32,9 +32,8 @@ from platforms.artifact import Precision
 
 __all__ = ["HopResult", "Limits", "run_hop"]
 
-ORIGIN = "origin"
-"""Option that every tool gets: the folder of the original, for Python files that import what
-lies beside them."""
+_ORIGIN = "EDGEWARD_SOURCE_FOLDER"
+"""Tells a tool the original's folder: a Python file may import what lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,11 @@ def run_hop(
             "source": encode_model(copy),
             "target": str(made),
             "scratch": str(folder / "scratch"),
-            "options": {ORIGIN: str(origin.resolve().parent), **(options or {})},
+            "options": dict(options or {}),
         }
-        with ToolProcess(tool.name, request, folder / "temporary", limits or Limits()) as child:
+        variables = {_ORIGIN: str(origin.resolve().parent)}
+        place = folder / "temporary"
+        with ToolProcess(tool.name, request, place, limits or Limits(), variables) as child:
             facts = child.wait(report, is_canceled)
             log = child.log
         _verify_unchanged(tool, copy, digest, log)
