@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.manifest import Manifest, Requirements, Tolerance
+from converters.errors import OutputExistsError
 from converters.evidence.budget import Budget
 from converters.evidence.proof import Outcome
 from converters.pipeline import (
@@ -86,11 +87,11 @@ def make_version(
     Raises:
         ConversionError: the source cannot be read or run, or the data does not fit.
         ManifestError: what the source says of itself does not fit.
-        FileExistsError: there is something in `out`.
+        OutputExistsError: there is something in `out`.
     """
     if out.exists() and any(out.iterdir()):
         msg = f"{out} is not empty: name another folder"
-        raise FileExistsError(msg)
+        raise OutputExistsError(msg)
     report(0.0, "reading the model")
     survey = survey_source(wishes.source, None, wishes.limits, is_canceled=is_canceled)
     identity = read_identity(survey, wishes.name, wishes.version)
