@@ -232,7 +232,7 @@ def _look(image: Image, folder: Path, source: Path, promise: Mapping[str, Any]) 
     _lay_out(image, folder / "run" / "data")
     try:
         box = QuietBox(folder / "run", source, FakeClock(boot=5_000, boot_name="boot-2"))
-    except (AgentError, SQLAlchemyError) as exc:
+    except (AgentError, SQLAlchemyError, AssertionError) as exc:
         return f"the ledger does not open: {type(exc).__name__}: {exc}"
     try:
         return _go_on(box, promise)
