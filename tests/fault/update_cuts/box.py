@@ -55,7 +55,8 @@ class QuietBox:
         self.settings = Settings.model_validate({"data_dir": data, "updates": updates})
         self.repository = ModelRepository(self.settings.models_dir)
         recovery = prepare_ledger(self.settings.ledger_file)
-        assert recovery is None, f"the ledger is taken for damaged: {recovery.why}"
+        self.damage = None if recovery is None else recovery.why
+        """Why the ledger was taken for damaged, if it was."""
         self.engine = open_engine(self.settings.ledger_file)
         migrate(self.engine)
         self.ledger = Ledger(Topics("dev"), clock)
