@@ -13,12 +13,11 @@ what was refused stays in the workspace for nobody to publish; the original is n
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converters.compression.calibration import CalibrationSet
 from converters.compression.recipes import Recipe, choose_recipe, get_recipe, get_tool_entry
+from converters.conversion import Build, Conversion, Made, Order, Survey, measure_size
 from converters.errors import (
     ConversionCanceledError,
     ConversionError,
@@ -31,7 +30,6 @@ from converters.evidence.proof import (
     Golden,
     Outcome,
     Proof,
-    TrialLimits,
     find_runtimes,
     prove_artifact,
 )
@@ -39,13 +37,15 @@ from converters.routes.hop import HopResult, Limits, run_hop
 from converters.routes.inspection import inspect_source
 from converters.routes.plan import plan
 from converters.routes.registry import ToolEntry
-from converters.task import Facts, ModelFile, ModelFormat, Report
+from converters.targets import find_kind
+from converters.targets import plan_builds as plan_boxes
+from converters.task import ModelFile, ModelFormat, Report
 from platforms.artifact import Datatype, Precision, TensorSpec
 from platforms.errors import MeasuringError
 from platforms.measuring.batches import describe_tensors, run_rows
 from platforms.measuring.measurer import Measurer
 from platforms.measuring.sample import load_arrays, make_random_inputs, save_arrays
-from platforms.runtimes.base import Array, Declared
+from platforms.runtimes.base import Array
 
 SUFFIXES: Mapping[ModelFormat, str] = {
     ModelFormat.ONNX: ".onnx",
@@ -65,116 +65,6 @@ _TORCH = (
     ModelFormat.TORCHSCRIPT,
 )
 _FP32 = Precision.FP32
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a source is."""
-
-    source: ModelFile
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    manifest: Mapping[str, Any]
-    """What the source says of itself: name, version, preprocess, …"""
-    facts: Facts
-
-    @property
-    def declared(self) -> Declared:
-        """Return the tensors as the runtimes take them."""
-        return Declared(self.inputs, self.outputs)
-
-
-@dataclass(frozen=True)
-class Build:
-    """One artifact to make."""
-
-    format: ModelFormat
-    precision: Precision = _FP32
-    recipe: str | None = None
-    """Of the compression; None with another precision than FP32: the one that fits the graph."""
-    requires: Mapping[str, Any] = field(default_factory=dict)
-    """The manifest's `requires`."""
-    boxes: tuple[str, ...] = ()
-    """Targets that it is for."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to make of a source."""
-
-    builds: tuple[Build, ...]
-    samples: CalibrationSet | None = None
-    """What quantizers watch; None: recipes that need none."""
-    golden_inputs: Mapping[str, Array] | None = None
-    """None: made up, which proves less."""
-    golden_origin: str = ""
-    budget: Budget | None = None
-    runtimes: tuple[str, ...] = ()
-    """Those that work here."""
-    limits: Limits = field(default_factory=Limits)
-    trial: TrialLimits = field(default_factory=TrialLimits)
-    searches: bool = True
-    """Leave the worst nodes in fp32 where a quantized ONNX model is outside the budget."""
-
-
-@dataclass
-class Made:
-    """What became of one build."""
-
-    build: Build
-    file: ModelFile | None = None
-    recipe: str = ""
-    """As used; nothing where only the format changed."""
-    why: str = ""
-    """Why this recipe."""
-    outcome: Outcome = Outcome.FAILED
-    reason: str = ""
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    proofs: list[Proof] = field(default_factory=list)
-    budget: Budget = field(default_factory=Budget)
-    size_bytes: int = 0
-    size_ratio: float | None = None
-    is_no_op: bool = False
-
-    @property
-    def is_ok(self) -> bool:
-        """Say whether it may be published."""
-        return self.outcome is Outcome.OK
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready form."""
-        return {
-            "format": self.build.format.value,
-            "precision": self.build.precision.value,
-            "file": None if self.file is None else self.file.path.name,
-            "recipe": self.recipe,
-            "why": self.why,
-            "boxes": list(self.build.boxes),
-            "requires": dict(self.build.requires),
-            "outcome": self.outcome.value,
-            "reason": self.reason,
-            "budget": {k: v for k, v in asdict(self.budget).items() if v is not None},
-            "size_bytes": self.size_bytes,
-            "size_ratio": self.size_ratio,
-            "is_no_op": self.is_no_op,
-            "steps": self.steps,
-            "proofs": [proof.to_json() for proof in self.proofs],
-        }
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """All that came of an order."""
-
-    survey: Survey
-    golden: Golden
-    made: tuple[Made, ...]
-    duration_s: float
-
-    @property
-    def published(self) -> list[Made]:
-        """Return what may leave."""
-        return [one for one in self.made if one.is_ok]
 
 
 def _stay_quiet(_share: float, _doing: str) -> None:
@@ -261,13 +151,46 @@ class _Pipeline:
         golden = self._answer()
         self._keep_data(golden)
         made: list[Made] = []
-        builds = self._order.builds
+        builds = self._plan(golden)
         for number, build in enumerate(builds):
             low, high = (0.05 + 0.95 * n / len(builds) for n in (number, number + 1))
             self._enter(low, high, f"{build.format.value} {build.precision.value}")
             made.append(self._make(build, golden))
         self._enter(1.0, 1.0, "")
         return Conversion(self._survey, golden, tuple(made), time.monotonic() - started)
+
+    def _plan(self, golden: Golden) -> list[Build]:
+        """Return all builds, those for boxes included, each once."""
+        builds = list(self._order.builds)
+        if not self._order.boxes:
+            return builds
+        has_samples = self._samples_file is not None
+        kind = find_kind(self._find_operators(golden))
+        for planned in plan_boxes(self._order.boxes, kind, has_calibration=has_samples):
+            precision = _FP32 if planned.recipe is None else get_recipe(planned.recipe).precision
+            build = Build(
+                planned.format,
+                precision,
+                planned.recipe,
+                planned.requires.to_json(),
+                planned.targets,
+                planned.options,
+            )
+            if planned.recipe is None:
+                # One file serves whoever asks for the format.
+                builds = [
+                    one for one in builds if (one.format, one.precision) != (build.format, _FP32)
+                ]
+            builds.append(build)
+        return builds
+
+    def _find_operators(self, golden: Golden) -> Mapping[str, int]:
+        """Return the operators in ONNX's words, for which the model goes that way."""
+        if self._survey.source.format is ModelFormat.ONNX:
+            return self._operators
+        base = self._files[ModelFormat.ONNX] = self._convert(Build(ModelFormat.ONNX), golden)
+        found: Mapping[str, int] = base.steps[-1]["facts"]["operators"] if base.steps else {}
+        return found
 
     # --- the original ---------------------------------------------------------------------------
 
@@ -421,7 +344,7 @@ class _Pipeline:
         if recipe.needs_calibration and self._samples_file is None:
             msg = f"{recipe.name} watches the model on samples: give some with --calibration"
             raise RecipeError(msg)
-        options: dict[str, Any] = dict(recipe.options)
+        options: dict[str, Any] = {**made.build.options, **recipe.options}
         if recipe.needs_calibration:
             options["calibration"] = str(self._samples_file)
         if recipe.name.endswith("_search"):
@@ -540,15 +463,6 @@ def plan_builds(
 
 def _is_compressible(model_format: ModelFormat, precision: Precision) -> bool:
     return model_format is ModelFormat.ONNX or (model_format, precision) in _RECIPES
-
-
-def measure_size(file: ModelFile) -> int:
-    """Return the bytes of a model with all its files."""
-    if file.path.is_dir():
-        return sum(path.stat().st_size for path in file.path.rglob("*") if path.is_file())
-    weights = file.path.with_suffix(".bin")
-    extra = weights.stat().st_size if file.format is ModelFormat.OPENVINO else 0
-    return file.path.stat().st_size + extra
 
 
 def _sum_up(proofs: Sequence[Proof], model_format: ModelFormat) -> tuple[Outcome, str]:

@@ -57,9 +57,13 @@ def convert(
     ],
     to: Annotated[
         str, typer.Option(metavar="LIST", help="onnx, litert, openvino, coreml, torchscript, pt2.")
-    ] = "onnx",
+    ] = "",
     quantize: Annotated[
         str, typer.Option(metavar="LIST", help="int8, fp16, int4-weights, beside the plain ones.")
+    ] = "",
+    targets: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="rpi5, jetson-orin, x86-avx2, x86-vnni, mac-m."),
     ] = "",
     calibration: Annotated[
         Path | None,
@@ -98,8 +102,9 @@ def convert(
 
     wishes = Wishes(
         identify(source, builder),
-        _read_formats(to),
+        _read_formats(to or ("" if targets else "onnx")),
         _read_precisions(quantize),
+        _read_boxes(targets),
         calibration,
         golden,
         _read_budget(budget),
@@ -128,16 +133,19 @@ def _read_list(text: str, known: dict[str, str], option: str) -> list[str]:
 def _read_formats(text: str) -> "tuple[ModelFormat, ...]":
     from converters.task import ModelFormat
 
-    found = _read_list(text, _FORMATS, "--to")
-    if not found:
-        raise typer.BadParameter("name one format at least", param_hint="--to")
-    return tuple(ModelFormat(word) for word in found)
+    return tuple(ModelFormat(word) for word in _read_list(text, _FORMATS, "--to"))
 
 
 def _read_precisions(text: str) -> "tuple[Precision, ...]":
     from platforms.artifact import Precision
 
     return tuple(Precision(word) for word in _read_list(text, _PRECISIONS, "--quantize"))
+
+
+def _read_boxes(text: str) -> tuple[str, ...]:
+    from converters.targets import TARGETS
+
+    return tuple(_read_list(text, {name: name for name in TARGETS}, "--targets"))
 
 
 def _read_budget(text: str) -> "Budget | None":

@@ -46,8 +46,10 @@ def test_artifacts_within_budget_make_a_version_that_the_repository_takes(
     tmp_path: Path, samples: Path
 ) -> None:
     out = tmp_path / "out"
-    code, report = run_convert(out, samples, "--to=onnx,openvino")
+    code, report = run_convert(out, samples, "--to=onnx,openvino", "--targets=x86-avx2")
     assert code == 0, report
+    for_box = [one for one in report["artifacts"] if one["boxes"] == ["x86-avx2"]]
+    assert any(one["requires"] == {"arch": ["x86_64"], "cpu_flags": ["avx2"]} for one in for_box)
     made = {(one["format"], one["precision"]): one for one in report["artifacts"]}
     assert set(made) == {(f, p) for f in ("onnx", "openvino") for p in ("fp32", "int8")}
     for one in made.values():

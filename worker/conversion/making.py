@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.manifest import Manifest, Requirements, Tolerance
+from converters.conversion import Conversion, Made, Order, measure_size
 from converters.errors import OutputExistsError
 from converters.evidence.budget import Budget
 from converters.evidence.proof import Outcome
-from converters.pipeline import (
-    Conversion,
-    Made,
-    Order,
-    convert_model,
-    measure_size,
-    plan_builds,
-    survey_source,
-)
+from converters.pipeline import convert_model, plan_builds, survey_source
 from converters.routes.hop import Limits
 from converters.task import ModelFile, ModelFormat, Report
 from platforms.artifact import ArtifactFormat, Precision
@@ -43,6 +36,8 @@ class Wishes:
     source: ModelFile
     formats: tuple[ModelFormat, ...]
     precisions: tuple[Precision, ...] = ()
+    boxes: tuple[str, ...] = ()
+    """Kinds of boxes, of `converters.targets`."""
     calibration: Path | None = None
     golden: Path | None = None
     budget: Budget | None = None
@@ -99,6 +94,7 @@ def make_version(
     data = gather_data(survey, identity, wishes.calibration, wishes.golden)
     order = Order(
         plan_builds(wishes.formats, wishes.precisions),
+        wishes.boxes,
         data.samples,
         data.golden_inputs,
         data.golden_origin,

@@ -21,8 +21,8 @@ from converters.compression.calibration import (
     load_calibration,
     make_golden,
 )
+from converters.conversion import Survey
 from converters.errors import CalibrationError
-from converters.pipeline import Survey
 from converters.task import ModelFormat
 from platforms.runtimes.base import Array
 from worker.conversion.folder import Identity
