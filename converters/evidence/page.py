@@ -170,15 +170,17 @@ def _write_artifact(artifact: ArtifactRecord) -> str:
     if artifact.boxes:
         facts.append(f"for {', '.join(artifact.boxes)}")
     return (
-        f'<tr class="head"><td class="l" colspan="2"><span class="name">{escape(artifact.name)}'
-        f'</span> <span class="dim">{escape(" · ".join(facts))}</span></td>'
-        f'<td class="l"><span class="tag {style}">{text}</span></td>'
-        f'<td colspan="{len(_COLUMNS)}"></td></tr>'
+        f'<tr class="head"><td class="l" colspan="{_SPAN}">'
+        f'<span class="name">{escape(artifact.name)}</span> '
+        f'<span class="tag {style}">{text}</span> '
+        f'<span class="dim">{escape(" · ".join(facts))}</span></td></tr>'
     )
 
 
 def _write_proof(proof: ProofRecord, number: int | None, kind: int) -> str:
-    name = " ".join(part for part in (proof.runtime or "–", proof.version) if part)
+    # OpenVINO's has a build and a branch behind it.
+    version = proof.version.partition("-")[0]
+    name = " ".join(part for part in (proof.runtime or "–", version) if part)
     label = f" ({proof.label})" if proof.label else ""
     outcome = proof.outcome.value.replace("_", " ")
     confident = _write_share(proof.confident_agreement)
@@ -196,7 +198,7 @@ def _write_proof(proof: ProofRecord, number: int | None, kind: int) -> str:
     )
     mark = f'<b class="kind{kind}">{number}</b>' if number else ""
     return (
-        f'<tr><td class="l">{mark}</td><td class="l">{escape(name)}'
+        f'<tr><td class="l">{mark}</td><td class="l wrap">{escape(name)}'
         f'<span class="dim">{escape(label)}</span></td>'
         f'<td class="l"><span class="tag {proof.outcome.value}">{outcome}</span></td>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
@@ -214,7 +216,11 @@ def _find_most(values: Sequence[float | None]) -> float | None:
 
 
 def _write_share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    text = f"{value:.3f}"
+    # What is not all must not look like it.
+    return f"{value:.6f}" if value < 1 and text == "1.000" else text
 
 
 def _write_figure(value: float | None) -> str:
@@ -249,7 +255,7 @@ def _write_size(size_bytes: int | None) -> str:
 
 def _write_troubles(report: ConversionReport) -> Iterator[str]:
     """Write where each refused artifact goes wrong, node by node."""
-    with_layers = [item for item in report.artifacts if item.layers]
+    with_layers = [item for item in report.artifacts if any(map(_is_off, item.layers))]
     if not with_layers:
         return
     yield "<h2>Where the refused ones go wrong</h2>"
@@ -265,8 +271,12 @@ def _write_troubles(report: ConversionReport) -> Iterator[str]:
         yield '<div class="scroll"><table class="layers"><thead><tr><th class="l">node</th>'
         yield '<th class="l">operator</th><th>before</th><th>SQNR</th><th>max off</th>'
         yield '<th class="l">how bad</th></tr></thead><tbody>'
-        yield from (_write_layer(layer) for layer in artifact.layers)
+        yield from (_write_layer(layer) for layer in artifact.layers if _is_off(layer))
         yield "</tbody></table></div></section>"
+
+
+def _is_off(layer: LayerRecord) -> bool:
+    return layer.max_abs != 0
 
 
 def _find_loss(layer: LayerRecord) -> float:

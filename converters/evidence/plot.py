@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 920.0, 380.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 26.0, 56.0
+_WIDTH, _HEIGHT = 920.0, 400.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 40.0, 62.0, 62.0
+_HEADING = 14.0
 _SQNR_MIN, _SQNR_MAX = 0.0, 100.0
 """dB; what is outside is drawn at the edge."""
 _RADIUS_MIN, _RADIUS_MAX = 10.0, 34.0
@@ -143,11 +144,11 @@ def _draw_axes(low: float, high: float) -> list[str]:
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}">{value:g}</text>')
     middle = (left + right) / 2
     parts.append(
-        f'<text class="axis" x="{middle:g}" y="{_HEIGHT - 12}">'
+        f'<text class="axis" x="{middle:g}" y="{_HEIGHT - 18:g}">'
         "p50 of a run of one row, ms (fast ones left)</text>"
     )
     parts.append(
-        f'<text class="axis start" x="4" y="{_TOP - 12}">'
+        f'<text class="axis start" x="4" y="{_HEADING:g}">'
         "signal to noise, dB (more is closer to the original)</text>"
     )
     return parts

@@ -236,7 +236,8 @@ def judge_artifact(proofs: Sequence[Proof]) -> tuple[Verdict, str, tuple[str, ..
     bad = [*by_outcome.get(Outcome.REFUSED, ()), *by_outcome.get(Outcome.FAILED, ())]
     reasons = tuple(f"{proof.runtime}: {proof.reason}" for proof in bad)
     if Outcome.OK in by_outcome:
-        return Verdict.PUBLISHED, "", tuple(f"not for {reason}" for reason in reasons)
+        names = ", ".join(proof.runtime for proof in bad)
+        return Verdict.PUBLISHED, "", (f"not for {names}: see there",) if bad else ()
     if Outcome.REFUSED in by_outcome:
         return Verdict.REFUSED, "; ".join(reasons), ()
     if Outcome.FAILED in by_outcome:
