@@ -12,6 +12,7 @@ from console.commands import (
     box,
     compare,
     console,
+    convert,
     diag,
     explain,
     jobs,
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, box, submit, explain, diag, bench, compare):
+for group in (services, box, submit, explain, diag, bench, compare, convert):
     group.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(release.app, name="release")

@@ -42,6 +42,7 @@ from console.errors import (
     RolloutPlanError,
     WaitTimedOutError,
 )
+from converters.errors import ConversionError
 from platforms.errors import PlatformError
 from worker.errors import ReleaseUnknownError, WorkerError
 
@@ -60,7 +61,7 @@ class Exit(IntEnum):
     BUSY = 8
 
 
-EXPECTED_ERRORS = (AgentError, ConsoleError, PlatformError, WorkerError)
+EXPECTED_ERRORS = (AgentError, ConsoleError, ConversionError, PlatformError, WorkerError)
 """The roots of what is told to a person in one line, without a traceback."""
 
 EXITS: Mapping[type[Exception], Exit] = MappingProxyType(

@@ -14,6 +14,7 @@ ConversionError                the root; what a caller decides differently becom
 │   ├── HopFailedError         its tool failed, died, or left nothing behind
 │   └── InputChangedError      its tool overwrote what it was given
 ├── BudgetError                a budget cannot be read
+├── OutputExistsError          the folder for the result has something in it
 ├── MilOperatorError           the reference interpreter does not know an operator; names it
 ├── ReportError                a file is no report of a conversion
 ├── CalibrationError           the data to calibrate with cannot be used
@@ -152,6 +153,12 @@ class MilOperatorError(ConversionError):
         super().__init__(message)
         self.operator = operator
         self.node = node
+
+
+class OutputExistsError(ConversionError):
+    """The folder that the result is to be written to has something in it."""
+
+    code = "output_exists"
 
 
 class CalibrationError(ConversionError):

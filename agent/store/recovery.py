@@ -146,6 +146,10 @@ def _find_reason(path: Path) -> str | None:
         # Without its ledger the index of a log means nothing, and a new one would read it.
         path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
         return None
+    if path.with_name(f"{path.name}-journal").exists():
+        why = _roll_back_journal(path)
+        if why is not None:
+            return why
     if path.stat().st_size == 0:
         # SQLite would take it for a new one and delete the log.
         return "the ledger file is empty, its write-ahead log is not" if logged else None
@@ -154,6 +158,25 @@ def _find_reason(path: Path) -> str | None:
     if why is None and suspicions >= _TWICE:
         return "SQLite found it damaged twice while running"
     return why
+
+
+def _roll_back_journal(path: Path) -> str | None:
+    """Let SQLite undo what a rollback journal is of; return why it cannot, or None.
+
+    Only a ledger that a power cut met while it was being made has one: then it has no log yet.
+    Read-only, as the ledger is looked at, it could not be opened at all.
+
+    Raises:
+        StoreError: it can't be undone for another reason than damage.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as exc:
+        if is_damage(exc):
+            return str(exc)
+        raise translate(exc, exc) from exc
+    return None
 
 
 def verify_ledger(path: Path, *, whole: bool = False, timeout_s: float = _BUSY_S) -> str | None:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from converters.errors import (
     SourceError,
     ToolMissingError,
 )
-from converters.routes.registry import ToolEntry, find_obstacle
+from converters.routes.registry import PYTHON_OPTION, Surroundings, ToolEntry, find_obstacle
 from converters.routes.toolprocess import Limits, ToolProcess
 from converters.routes.workspace import compute_digest, copy_model, encode_model
 from converters.task import Facts, ModelFile, Report
@@ -32,9 +32,8 @@ from platforms.artifact import Precision
 
 __all__ = ["HopResult", "Limits", "run_hop"]
 
-ORIGIN = "origin"
-"""Option that every tool gets: the folder of the original, for Python files that import what
-lies beside them."""
+_ORIGIN = "EDGEWARD_SOURCE_FOLDER"
+"""Tells a tool the original's folder: a Python file may import what lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def run_hop(
         InputChangedError: the copy, or the original, was changed meanwhile.
         ConversionCanceledError: `is_canceled` said so.
     """
-    _verify_fit(tool, source)
+    _verify_fit(tool, source, options or {})
     started = time.monotonic()
     digest = compute_digest(source)
     with _make_workspace(target.parent) as folder:
@@ -104,9 +103,11 @@ def run_hop(
             "source": encode_model(copy),
             "target": str(made),
             "scratch": str(folder / "scratch"),
-            "options": {ORIGIN: str(origin.resolve().parent), **(options or {})},
+            "options": dict(options or {}),
         }
-        with ToolProcess(tool.name, request, folder / "temporary", limits or Limits()) as child:
+        variables = {_ORIGIN: str(origin.resolve().parent)}
+        place = folder / "temporary"
+        with ToolProcess(tool.name, request, place, limits or Limits(), variables) as child:
             facts = child.wait(report, is_canceled)
             log = child.log
         _verify_unchanged(tool, copy, digest, log)
@@ -123,8 +124,11 @@ def run_hop(
     )
 
 
-def _verify_fit(tool: ToolEntry, source: ModelFile) -> None:
-    obstacle = find_obstacle(tool)
+def _verify_fit(tool: ToolEntry, source: ModelFile, options: Mapping[str, Any]) -> None:
+    here = Surroundings()
+    if options.get(PYTHON_OPTION):
+        here = replace(here, get_variable=lambda name: str(options[PYTHON_OPTION]))
+    obstacle = find_obstacle(tool, here)
     if obstacle is not None:
         raise ToolMissingError(obstacle)
     if source.format not in tool.sources:

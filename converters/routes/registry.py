@@ -99,6 +99,8 @@ _OF_MODULE = (ModelFormat.CALLABLE, ModelFormat.STATE_DICT)
 _X86_OR_MAC = ("x86_64", "arm64", "AMD64")
 
 ONNX2TF_VARIABLE = "EDGEWARD_ONNX2TF_PYTHON"
+PYTHON_OPTION = "python"
+"""Option of a tool with an environment of its own, in place of its variable."""
 
 TOOLS: tuple[ToolEntry, ...] = (
     ToolEntry(

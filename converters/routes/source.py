@@ -49,6 +49,8 @@ _SAFE_NAMES = (
     "OrderedDict",
     "Size",
     "device",
+    *("bool", "uint8", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64"),
 )
 _SPARSE_FILE_FACTOR, _SPARSE_FILE_BYTES = 8, 1 << 26
 """A file may be this many times what its blocks on disk hold, or have this size."""
@@ -251,8 +253,7 @@ def _verify_pickle(path: Path, archive: zipfile.ZipFile) -> None:
         raise OversizedTensorError(msg)
     for module, name in _find_globals(archive.read(entry)):
         is_known = name in _SAFE_NAMES or (module == "torch" and name.endswith("Storage"))
-        is_type = module == "torch" and name.islower()
-        if module not in _SAFE_MODULES or not (is_known or is_type):
+        if module not in _SAFE_MODULES or not is_known:
             msg = (
                 f"{path.name} is a pickle of {module}.{name}, and opening it would run code: "
                 f"{_HOW_TO_SAVE}"

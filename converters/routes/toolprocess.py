@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self
 
 import psutil
@@ -86,9 +86,17 @@ class ToolProcess:
         request: as `converters.routes.child` takes it.
         folder: where the tool's temporary files go; whoever made it removes it.
         limits: what it may take.
+        variables: of its environment, beside those of this process.
     """
 
-    def __init__(self, name: str, request: Mapping[str, Any], folder: Path, limits: Limits) -> None:
+    def __init__(
+        self,
+        name: str,
+        request: Mapping[str, Any],
+        folder: Path,
+        limits: Limits,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._name = name
         self._limits = limits
         self._log = _Log()
@@ -97,7 +105,7 @@ class ToolProcess:
         self._look_at = 0.0
         self._is_over = False
         self._seen: dict[int, psutil.Process] = {}
-        self._process = _start(folder)
+        self._process = _start(folder, variables)
         self._readers = [
             threading.Thread(target=work, name=f"hop {label}", daemon=True)
             for label, work in (("answers", self._read_answers), ("log", self._read_log))
@@ -259,7 +267,7 @@ class ToolProcess:
         self.close()
 
 
-def _start(folder: Path) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     # The child finds what this process finds; -P keeps the working directory off its path.
     path = [*filter(None, sys.path), str(_ROOT)]
     tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid())]
@@ -275,6 +283,7 @@ def _start(folder: Path) -> "subprocess.Popen[bytes]":
             # What a tool that is killed leaves behind goes with the folder.
             "TMPDIR": str(folder),
             _SAFE_TORCH: "1",
+            **variables,
         },
         # Ctrl-C is for the parent, which then ends the child; and a group of its own.
         start_new_session=True,

@@ -26,14 +26,14 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run_edgeward(
-    *arguments: object, env: Mapping[str, str] | None = None
+    *arguments: object, env: Mapping[str, str] | None = None, limit_s: float = _COMMAND_LIMIT_S
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     return subprocess.run(
         [PROGRAM, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=_COMMAND_LIMIT_S,
+        timeout=limit_s,
         env=clean_environment(env),
     )
 

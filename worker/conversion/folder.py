@@ -29,6 +29,7 @@ from agent.manifest import (
     verify_files,
     write_manifest,
 )
+from converters.errors import OutputExistsError
 from platforms.artifact import (
     MLPACKAGE_FILE,
     SAVED_MODEL_FILE,
@@ -91,12 +92,12 @@ def write_folder(contents: Contents, folder: Path) -> Manifest:
 
     Raises:
         ManifestError: what is said of the version is no manifest.
-        FileExistsError: the folder has something in it.
+        OutputExistsError: the folder has something in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         msg = f"{folder} is not empty: name another one"
-        raise FileExistsError(msg)
+        raise OutputExistsError(msg)
     files = {name: _copy(source, folder / name) for name, source in contents.files.items()}
     np.savez_compressed(folder / GOLDEN_INPUTS, **dict(contents.golden_inputs))  # type: ignore[arg-type]
     np.savez_compressed(folder / GOLDEN_OUTPUTS, **dict(contents.golden_outputs))  # type: ignore[arg-type]

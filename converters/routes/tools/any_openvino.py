@@ -6,6 +6,7 @@ Options: `inputs` and `outputs`, names in order, for sources that name them othe
 TFLite).
 """
 
+import importlib
 import math
 import re
 from collections import Counter
@@ -63,7 +64,7 @@ def read_model(task: Task) -> Any:
         if task.source.format is ModelFormat.OPENVINO:
             return ov.Core().read_model(str(task.source.path))
         return ov.convert_model(str(task.source.path))
-    except (RuntimeError, ValueError, TypeError) as exc:
+    except _collect_errors(ov) as exc:
         found = _MISSING.search(str(exc))
         if found is not None:
             operator = found[1].strip().removesuffix(".")
@@ -71,6 +72,13 @@ def read_model(task: Task) -> Any:
             raise OperatorError(msg, operator) from exc
         msg = f"OpenVINO cannot read {task.source.path.name}: {exc}"
         raise SourceError(msg) from exc
+
+
+def _collect_errors(library: Any) -> tuple[type[Exception], ...]:
+    """Return what OpenVINO's front ends raise; its classes share no base of their own."""
+    known = vars(importlib.import_module(f"{library.__name__}.frontend"))
+    own = (kind for name, kind in known.items() if name.endswith("Failure"))
+    return (*own, RuntimeError, ValueError, TypeError)
 
 
 def describe_model(model: Any) -> tuple[dict[str, Any], int, int]:

@@ -1,5 +1,6 @@
 """A converter that is a program of its own: run, its output passed on, its failure reported."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,18 +11,32 @@ from converters.errors import HopFailedError
 _LAST_LINES = 6
 
 
-def run_command(name: str, command: Sequence[str], folder: Path) -> str:
+_OURS = ("PYTHONPATH", "PYTHONHOME")
+"""Variables that would lead another interpreter to our packages."""
+
+
+def run_command(
+    name: str, command: Sequence[str], folder: Path, *, is_isolated: bool = False
+) -> str:
     """Run a program in `folder` and return what it printed, which goes to this log as well.
 
     Blocks until it ends; the hop around this process is what limits and kills it.
 
+    Args:
+        name: for messages.
+        command: the program and its arguments.
+        folder: its working directory.
+        is_isolated: the program is of another environment, and is not to see our packages.
+
     Raises:
         HopFailedError: it cannot be started, or ended with another status than 0.
     """
+    left_out = _OURS if is_isolated else ()
     try:
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env={key: value for key, value in os.environ.items() if key not in left_out},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

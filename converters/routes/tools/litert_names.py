@@ -25,6 +25,8 @@ from platforms.runtimes.base import DATATYPES
 
 _IDENTIFIER = b"TFL3"
 _KEY = b"serving_default"
+_TOLERANCE = 1e-3
+"""Between several rows and one: other kernels, the same arithmetic."""
 _NUMBER = re.compile(r"_(\d+)$")
 
 
@@ -33,8 +35,8 @@ def name_signature(
 ) -> None:
     """Copy a file with one signature that has these names, in this order.
 
-    The file's own tensors are put in order by the number that ends their names in its signature
-    (`args_0`, `output_1`), or, where there is none, stay in the order they have.
+    The file's own tensors are put in order by these names where it has them, else by the number
+    that ends their names in its signature (`args_0`, `output_1`), else they stay as they are.
 
     Raises:
         HopFailedError: the file has another number of inputs or outputs.
@@ -43,33 +45,49 @@ def name_signature(
     graph = model.subgraphs[0]
     signatures = model.signatureDefs or []
     own = signatures[0] if len(signatures) == 1 else None
-    graph.inputs = _order(graph.inputs, own.inputs if own else None, inputs)
-    graph.outputs = _order(graph.outputs, own.outputs if own else None, outputs)
+    graph.inputs = _order(graph, graph.inputs, own.inputs if own else [], inputs)
+    graph.outputs = _order(graph, graph.outputs, own.outputs if own else [], outputs)
     signature = schema.SignatureDefT()
     signature.signatureKey = own.signatureKey if own else _KEY
     signature.subgraphIndex = 0
     signature.inputs = _name(graph.inputs, inputs)
     signature.outputs = _name(graph.outputs, outputs)
     model.signatureDefs = [signature]
-    builder = flatbuffers.Builder(source.stat().st_size)
+    _write(model, target)
+
+
+def fix_batch(path: Path) -> None:
+    """Make the shapes that a file has now, of one row, its only ones."""
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            tensor.shapeSignature = None
+    _write(model, path)
+
+
+def _write(model: Any, path: Path) -> None:
+    builder = flatbuffers.Builder(1 << 20)
     builder.Finish(model.Pack(builder), _IDENTIFIER)
-    target.write_bytes(builder.Output())
+    path.write_bytes(builder.Output())
 
 
-def _order(tensors: Any, maps: Any, names: Sequence[str]) -> list[int]:
-    """Return the graph's tensors in the order of the signature's numbers."""
+def _order(graph: Any, tensors: Any, maps: Any, names: Sequence[str]) -> list[int]:
+    """Return the graph's tensors in the order of the names, or of the signature's numbers."""
     found = [int(index) for index in tensors]
-    if maps:
-        numbered = [
-            (int(number[1]), entry.tensorIndex)
-            for entry in maps
-            if (number := _NUMBER.search(_decode(entry.name)))
-        ]
-        if len(numbered) == len(found):
-            found = [index for _, index in sorted(numbered)]
     if len(found) != len(names):
         msg = f"the file has {len(found)} tensors in place of {', '.join(names)}"
         raise HopFailedError(msg)
+    known = {_decode(graph.tensors[index].name): index for index in found}
+    known |= {_decode(entry.name): entry.tensorIndex for entry in maps}
+    if all(name in known for name in names):
+        return [known[name] for name in names]
+    numbered = [
+        (int(number[1]), entry.tensorIndex)
+        for entry in maps
+        if (number := _NUMBER.search(_decode(entry.name)))
+    ]
+    if len(numbered) == len(found):
+        return [index for _, index in sorted(numbered)]
     return found
 
 
@@ -150,3 +168,39 @@ def count_weights(path: Path) -> tuple[int, int, Precision]:
     known = {"FLOAT16": Precision.FP16, "INT8": Precision.INT8, "INT4": Precision.INT4_WEIGHTS}
     largest = max(sizes, key=lambda kind: sizes[kind], default="FLOAT32")
     return count, sum(sizes.values()), known.get(largest, Precision.FP32)
+
+
+def has_working_batch(path: Path, rows: int = 3) -> bool:
+    """Say whether a file answers several rows at once as it answers each alone.
+
+    A batch that a converter left free may be fixed inside all the same.
+    """
+    rng = np.random.default_rng(rows)
+    interpreter = Interpreter(str(path), num_threads=1)
+    details = interpreter.get_input_details()
+    if any(item["shape_signature"][:1].tolist() != [-1] for item in details):
+        return False
+    values = [rng.random((rows, *item["shape"][1:])).astype(item["dtype"]) for item in details]
+    try:
+        together = _invoke(interpreter, details, values)
+        alone = [
+            _invoke(interpreter, details, [value[row : row + 1] for value in values])
+            for row in range(rows)
+        ]
+    except (ValueError, RuntimeError):
+        return False
+    return all(
+        len(whole) == rows
+        and np.allclose(whole, np.concatenate(parts), rtol=_TOLERANCE, atol=_TOLERANCE)
+        for whole, *parts in zip(together, *alone, strict=True)
+    )
+
+
+def _invoke(interpreter: Any, details: Any, values: Sequence[Any]) -> list[Any]:
+    for item, value in zip(details, values, strict=True):
+        interpreter.resize_tensor_input(item["index"], value.shape)
+    interpreter.allocate_tensors()
+    for item, value in zip(details, values, strict=True):
+        interpreter.set_tensor(item["index"], value)
+    interpreter.invoke()
+    return [interpreter.get_tensor(item["index"]) for item in interpreter.get_output_details()]

@@ -3,10 +3,14 @@
 An engine is bound to the GPU's architecture and to TensorRT's version: it is built at staging,
 kept by both, and never published. `describe_engine` gives the key it is kept by.
 
-Options: `precision` (`fp32`, `fp16`), `batch` (least, usual and most rows; [1, 1, 8]),
-`workspace_mb` (1024), `timing_cache` (path; read and written).
+The engine computes in the file's own precision (a strongly typed network): for half precision
+the source is the fp16 form that the recipe `onnx_fp16` makes. TensorRT 11 knows no other way.
 
-Source: TensorRT 10 Python API, `IBuilder.build_serialized_network`, `OnnxParser`.
+Options: `batch` (least, usual and most rows; [1, 1, 8]), `workspace_mb` (1024), `timing_cache`
+(path; read and written).
+
+Source: TensorRT 10 and 11 Python API, `IBuilder.build_serialized_network`, `OnnxParser`. Written
+without hardware; nothing of it has run yet.
 """
 
 from pathlib import Path
@@ -38,8 +42,7 @@ def convert(task: Task) -> Facts:
     task.report(0.05, "reading the model")
     if not parser.parse_from_file(str(task.source.path)):
         _refuse(parser, task.source.path.name)
-    is_half = task.options.get("precision") == Precision.FP16.value
-    config = _configure(trt, builder, network, task, is_half)
+    config = _configure(trt, builder, network, task)
     cache = _load_timings(config, task.options.get("timing_cache"))
     inputs = [_to_spec(trt, network.get_input(n)) for n in range(network.num_inputs)]
     outputs = [_to_spec(trt, network.get_output(n)) for n in range(network.num_outputs)]
@@ -55,8 +58,7 @@ def convert(task: Task) -> Facts:
     for index in range(network.num_layers):
         kind = network.get_layer(index).type.name
         operators[kind] = operators.get(kind, 0) + 1
-    precision = Precision.FP16 if is_half else Precision.FP32
-    facts = tell(inputs, outputs, operators, precision, ["tensorrt"])
+    facts = tell(inputs, outputs, operators, task.source.precision, ["tensorrt"])
     return {**facts, "engine": describe_engine(trt)}
 
 
@@ -74,9 +76,14 @@ def describe_engine(trt: Any) -> dict[str, str]:
 
 
 def _network_flags(trt: Any) -> int:
-    # Gone in TensorRT 10, where every batch is explicit.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
-    return 0 if flag is None else 1 << int(flag)
+    # The one is gone in TensorRT 11, the other came with 8.6.
+    known = trt.NetworkDefinitionCreationFlag.__members__
+    wanted = (known.get("EXPLICIT_BATCH"), known.get("STRONGLY_TYPED"))
+    return sum(1 << int(flag) for flag in wanted if flag is not None)
+
+
+def _is_strongly_typed(trt: Any) -> bool:
+    return "STRONGLY_TYPED" in trt.NetworkDefinitionCreationFlag.__members__
 
 
 def _refuse(parser: Any, name: str) -> None:
@@ -91,15 +98,14 @@ def _refuse(parser: Any, name: str) -> None:
     raise SourceError(msg)
 
 
-def _configure(trt: Any, builder: Any, network: Any, task: Task, is_half: bool) -> Any:
+def _configure(trt: Any, builder: Any, network: Any, task: Task) -> Any:
     config = builder.create_builder_config()
     workspace_mb = int(task.options.get("workspace_mb", _WORKSPACE_MB))
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb * 10**6)
-    if is_half:
+    if task.source.precision is Precision.FP16 and not _is_strongly_typed(trt):
         config.set_flag(trt.BuilderFlag.FP16)
-    else:
-        # Else TF32, with ten bits of mantissa, stands in for float32 on Ampere and later.
-        config.clear_flag(trt.BuilderFlag.TF32)
+    # Else TF32, with ten bits of mantissa, stands in for float32 on Ampere and later.
+    config.clear_flag(trt.BuilderFlag.TF32)
     rows = tuple(task.options.get("batch", _BATCH))
     profile = builder.create_optimization_profile()
     is_free = False

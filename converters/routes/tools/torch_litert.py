@@ -16,15 +16,16 @@ from converters.routes.tools.torch_program import describe_rows, export_rows
 from converters.routes.tools.torch_source import load_torch
 from converters.task import Facts, Task
 
-_MISSING = re.compile(r"Lowering not found: (\S+)")
-_NODE = re.compile(r"While executing %(\S+)")
+_AT = re.compile(r"While executing %(\S+) : .*?target=(?:torch\.ops\.)?([\w.]+)\]")
+"""What torch.fx adds to an exception that a node's translation raised."""
+_ERRORS = (RuntimeError, TypeError, ValueError, AssertionError)
 
 
 def convert(task: Task) -> Facts:
     """Write a `.tflite` file.
 
     Raises:
-        OperatorError: litert-torch has no lowering of an operator.
+        OperatorError: litert-torch cannot convert an operator.
     """
     task.report(0.0, "reading the model")
     model = load_torch(task)
@@ -35,13 +36,12 @@ def convert(task: Task) -> Facts:
 
     try:
         made = litert_torch.convert(module, rows)
-    except RuntimeError as exc:
-        found = _MISSING.search(str(exc))
+    except _ERRORS as exc:
+        found = _AT.search(str(exc))
         if found is None:
             raise
-        node = _NODE.search(str(exc))
-        msg = f"litert-torch has no lowering of {found[1]}"
-        raise OperatorError(msg, found[1], node[1] if node else "") from exc
+        msg = f"litert-torch cannot convert {found[2]} (node {found[1]}): {_get_first_line(exc)}"
+        raise OperatorError(msg, found[2], found[1]) from exc
     raw = task.scratch / "unnamed.tflite"
     made.export(str(raw))
     task.report(0.9, "naming the tensors")
@@ -61,3 +61,7 @@ def convert(task: Task) -> Facts:
         ["torch", "litert-torch", "litert-converter"],
         notes,
     )
+
+
+def _get_first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

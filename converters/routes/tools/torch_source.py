@@ -43,6 +43,8 @@ from converters.routes.tools.safetensors_file import is_safetensors, read_safete
 from converters.task import ModelFormat, Task
 from platforms.artifact import Datatype, Precision
 
+_ORIGIN = "EDGEWARD_SOURCE_FOLDER"
+"""The original's folder, as the hop tells it."""
 _SEED = 7
 _LARGEST_ID = 2
 """Random whole numbers are 0 or 1: valid in any table."""
@@ -213,7 +215,7 @@ def load_torch(task: Task) -> TorchModel:
 
 def _load_function(task: Task) -> TorchModel:
     source = task.source
-    file = _import_file(source.builder or source.path, task.options.get("origin"))
+    file = _import_file(source.builder or source.path, os.environ.get(_ORIGIN))
     built = getattr(file, source.name or "")()
     module, given = built if isinstance(built, tuple) else (built, None)
     if not isinstance(module, torch.nn.Module):
@@ -239,7 +241,8 @@ def _import_file(path: Path, origin: str | None) -> ModuleType:
     """Run the user's file, with its original place as its own."""
     place = Path(origin) / path.name if origin else path
     if origin:
-        sys.path.insert(0, origin)
+        # Last: what lies beside the file hides no installed package.
+        sys.path.append(origin)
     name = f"edgeward_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

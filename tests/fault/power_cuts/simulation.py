@@ -6,6 +6,7 @@ visit every boundary: what is not synced lasts by chance; none of it; all of it.
 """
 
 import random
+import shutil
 import sqlite3
 import tempfile
 import zlib
@@ -23,6 +24,7 @@ from agent.errors import AgentError
 from agent.jobs import Source
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.ledger import Ledger, NewJob, Verdict
+from agent.store.recovery import prepare_ledger
 from agent.topics import Topics
 from tests.fault.power_cuts.contents import Contents, read_contents
 from tests.fault.power_cuts.disk import AllDropped, Chance, Disk, Fate, Image
@@ -61,7 +63,7 @@ class Figures:
     histories_broken: int = 0
     half_commits: int = 0
     unopenable: int = 0
-    """Ledgers that do not open, fail `PRAGMA quick_check`, or take no new job."""
+    """Ledgers that do not open, are taken for damaged, fail `quick_check`, or take no job."""
     bad_cuts: int = 0
     """Cuts after which anything at all was wrong."""
     dropped: int = 0
@@ -213,8 +215,8 @@ class _Reopening:
         return known[1]
 
     def _lay_out(self, image: Image) -> None:
-        for left in self._folder.iterdir():
-            left.unlink()
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
         checksum = 0
         for name, data in image.items():
             (self._folder / name).write_bytes(data)
@@ -227,6 +229,9 @@ class _Reopening:
     def _open(self) -> Contents | str:
         engine = open_engine(self._folder / LEDGER)
         try:
+            recovery = prepare_ledger(self._folder / LEDGER)
+            if recovery is not None:
+                return f"taken for damaged: {recovery.why}"
             migrate(engine)
             with transaction(engine) as tx:
                 raw: Any = tx.connection.driver_connection

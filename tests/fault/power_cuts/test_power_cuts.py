@@ -57,7 +57,6 @@ def test_commits_that_are_not_synced_are_found_lost() -> None:
     figures = simulate(make_recording("NORMAL"), SEED, PLANTED_CUTS)
 
     assert figures.acked_lost > 0
-    assert figures.unopenable == 0, figures.examples
 
 
 def test_ledger_that_never_syncs_is_found_lost_and_damaged() -> None:

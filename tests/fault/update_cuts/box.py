@@ -19,6 +19,7 @@ from agent.store import deployments as store
 from agent.store.database import migrate, open_engine, transaction
 from agent.store.facts import FLOORS, read_fact
 from agent.store.ledger import CrashReport, Ledger, NewJob, Outcome
+from agent.store.recovery import prepare_ledger
 from agent.tasks import STAGED
 from agent.topics import Topics
 from agent.window import BoxView
@@ -53,6 +54,9 @@ class QuietBox:
         }
         self.settings = Settings.model_validate({"data_dir": data, "updates": updates})
         self.repository = ModelRepository(self.settings.models_dir)
+        recovery = prepare_ledger(self.settings.ledger_file)
+        self.damage = None if recovery is None else recovery.why
+        """Why the ledger was taken for damaged, if it was."""
         self.engine = open_engine(self.settings.ledger_file)
         migrate(self.engine)
         self.ledger = Ledger(Topics("dev"), clock)

@@ -171,7 +171,9 @@ def walk(
     syncs = [n for n, one in enumerate(operations) if one.kind is Kind.SYNCED]
     figures = Figures(seed, boundaries=len(operations) + 1, syncs=len(syncs))
     figures.syncs_cut = sum(bool(plan.get(n)) and bool(plan.get(n + 1)) for n in syncs)
-    promises = [json.loads('{"active":{"digits":[null],"other":[null]},"ended":[]}')]
+    # While the ledger is being made for the first time nobody has been told anything.
+    nothing = {"active": {"digits": [None], "other": [None]}, "ended": [], "is_begun": False}
+    promises: list[dict[str, Any]] = [nothing]
     tree = Tree()
     with open_scratch() as folder:
         for boundary in range(len(operations) + 1):
@@ -179,7 +181,7 @@ def walk(
                 operation = operations[boundary - 1]
                 if operation.name == MARKS:
                     if operation.kind is Kind.WRITTEN:
-                        promises.append(json.loads(operation.data))
+                        promises.append({**json.loads(operation.data), "is_begun": True})
                 else:
                     tree.apply(operation)
             for fate in plan.get(boundary, ()):
@@ -259,6 +261,8 @@ def _lay_out(image: Image, data: Path) -> None:
 
 
 def _go_on(box: QuietBox, promise: Mapping[str, Any]) -> str | list[Any]:
+    if box.damage is not None and promise["is_begun"]:
+        return f"the ledger is taken for damaged: {box.damage}"
     first = _find_fault(box, promise["active"])
     if first:
         return f"at the start: {first}"
