@@ -16,6 +16,7 @@ ConversionError                the root; what a caller decides differently becom
 ├── BudgetError                a budget cannot be read
 ├── OutputExistsError          the folder for the result has something in it
 ├── MilOperatorError           the reference interpreter does not know an operator; names it
+├── ReportError                a file is no report of a conversion
 ├── CalibrationError           the data to calibrate with cannot be used
 ├── RecipeError                a recipe is unknown, or does not apply to this model or these options
 ├── CompressionError           a recipe's tool failed on a model that it should take
@@ -129,6 +130,12 @@ class BudgetError(ConversionError):
     """A budget has an unknown key, a key twice, or a value that makes no sense."""
 
     code = "bad_budget"
+
+
+class ReportError(ConversionError):
+    """A file is not there, or is no report of a conversion."""
+
+    code = "bad_report"
 
 
 class MilOperatorError(ConversionError):

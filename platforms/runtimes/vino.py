@@ -23,6 +23,7 @@ from platforms.runtimes.base import (
     CPU_PROVIDER,
     DATATYPES,
     Array,
+    Declared,
     LoadOptions,
     RunStop,
     Runtime,
@@ -53,13 +54,21 @@ class _Cancel:
 class OpenvinoSession(Session):
     """A compiled model with its infer requests."""
 
-    def __init__(self, compiled: Any, instances: int, findings: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        instances: int,
+        findings: tuple[str, ...],
+        declared: Declared | None = None,
+    ) -> None:
         """Take over a compiled model and make its infer requests."""
+        wanted = [*declared.inputs, *declared.outputs] if declared is not None else []
+        names = frozenset(spec.name for spec in wanted)
         super().__init__(
             runtime=OpenvinoRuntime.name,
             provider=", ".join(compiled.get_property("EXECUTION_DEVICES")),
-            inputs=tuple(_to_spec(port) for port in compiled.inputs),
-            outputs=tuple(_to_spec(port) for port in compiled.outputs),
+            inputs=tuple(_to_spec(port, names) for port in compiled.inputs),
+            outputs=tuple(_to_spec(port, names) for port in compiled.outputs),
             findings=findings,
         )
         self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -141,6 +150,11 @@ class OpenvinoRuntime(Runtime):
         return tuple(self.import_library("openvino").Core().available_devices)
 
     def _load(self, path: Path, options: LoadOptions) -> Session:
+        return self._load_declared(path, options, None)
+
+    def _load_declared(
+        self, path: Path, options: LoadOptions, declared: Declared | None
+    ) -> Session:
         library = self.import_library("openvino")
         core = library.Core()
         device, findings = _choose_device(options, tuple(core.available_devices))
@@ -148,7 +162,7 @@ class OpenvinoRuntime(Runtime):
             compiled = core.compile_model(
                 core.read_model(str(locate_model(path))), device, _build_properties(options, device)
             )
-            session = OpenvinoSession(compiled, options.instances, findings)
+            session = OpenvinoSession(compiled, options.instances, findings, declared)
         except _ERRORS as exc:
             msg = f"OpenVINO refuses {path.name}: {exc}"
             raise ModelLoadError(msg) from exc
@@ -178,8 +192,10 @@ def _build_properties(options: LoadOptions, device: str) -> dict[str, Any]:
     return properties
 
 
-def _to_spec(port: Any) -> TensorSpec:
-    name = str(port.get_any_name())
+def _to_spec(port: Any, wanted: frozenset[str]) -> TensorSpec:
+    # A port has all names of its tensor: of an fp16 file's input also that of the cast behind it.
+    known = sorted(wanted & port.get_names())
+    name = known[0] if known else str(port.get_any_name())
     dtype = np.dtype(port.get_element_type().to_dtype())
     if dtype not in DATATYPES or dtype.kind not in "biuf":
         msg = f"{name}: OpenVINO's {port.get_element_type()} cannot be passed to a model here"

@@ -158,6 +158,18 @@ def test_fp16_model_that_overflowed_without_a_word_is_refused(tmp_path: Path) ->
     assert np.isfinite(proof.parities[0].max_abs)
 
 
+def test_fp16_file_keeps_its_tensor_names_on_every_runtime(nets: Nets, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        narrow = convert_float_to_float16(onnx.load(nets.get_onnx("mlp")), keep_io_types=True)
+    onnx.save(narrow, tmp_path / "fp16.onnx")
+    budget = get_default_budget(Precision.FP16)
+    for runtime in ("ort", "openvino"):
+        # OpenVINO knows each tensor by two names here, and would tell the wrong one.
+        proof = prove_onnx(tmp_path / "fp16.onnx", nets.get_golden("mlp"), budget, runtime=runtime)
+        assert (proof.outcome, proof.reason) == (Outcome.OK, "")
+
+
 def test_one_row_of_nan_refuses_whatever_the_budget(nets: Nets, tmp_path: Path) -> None:
     model = onnx.load(nets.get_onnx("mlp"))
     scores = model.graph.output[0].name
