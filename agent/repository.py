@@ -184,7 +184,9 @@ class ModelRepository:
             staging = model / f"{_STAGING}{number}"
             self._stage(manifest, source, staging)
             staging.rename(model / str(number))
-            fsync_dir(model)
+            # Whoever made one of these folders may have died before it was flushed.
+            for folder in (model, self._root, self._root.parent):
+                fsync_dir(folder)
             if activate:
                 self._activate(model, number)
         return self.get_version(manifest.name, str(number))
@@ -328,10 +330,11 @@ class ModelRepository:
 
     def _collect_garbage(self) -> None:
         """Remove blobs that no version links any more, and staging folders of a crash."""
+        # First: what is left of a version links its blobs.
+        self._remove_staging()
         for blob in (self._root / _BLOBS).iterdir():
             if blob.stat().st_nlink == 1:
                 blob.unlink()
-        self._remove_staging()
 
     def _remove_staging(self) -> None:
         for staging in self._root.glob(f"*/{_STAGING}*"):

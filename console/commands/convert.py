@@ -117,7 +117,8 @@ def convert(
     runtimes = [item.name for item in found if item.status is RuntimeStatus.PROVEN]
     with _follow(call) as advance:
         result = make_version(wishes, out, runtimes, advance)
-    call.out.show(result.document, lambda: _render(result, out))
+    document = result.report.model_dump(mode="json")
+    call.out.show(document, lambda: _render(result, out))
     end_with(Exit.NOT_AS_ASKED if result.refused else Exit.OK)
 
 
@@ -170,11 +171,14 @@ def _follow(call: Invocation) -> "Iterator[Callable[[float, str], None]]":
 def _render(result: "Result", out: Path) -> Any:
     from rich.console import Group
 
+    from converters.evidence.report import PAGE_FILE
+
     done = result.conversion
     facts = [
         ("Model", f"{result.identity.name} {result.identity.version}"),
         ("Golden", f"{done.golden.rows} rows: {done.golden.origin}"),
-        ("Written", f"{len(done.published)} of {len(done.made)} artifacts to {out}"),
+        ("Result", result.report.headline),
+        ("Report", str(out / PAGE_FILE)),
     ]
     rows = []
     for made in done.made:

@@ -4,28 +4,24 @@ Owns what the command and the job share. Only artifacts with evidence go into th
 there is none, only the report does.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from agent.manifest import Manifest, Requirements, Tolerance
-from converters.conversion import Conversion, Made, Order, measure_size
+from converters.conversion import Conversion, Made, Order
 from converters.errors import OutputExistsError
 from converters.evidence.budget import Budget
-from converters.evidence.proof import Outcome
+from converters.evidence.report import ConversionReport, write_report
 from converters.pipeline import convert_model, plan_builds, survey_source
 from converters.routes.hop import Limits
 from converters.task import ModelFile, ModelFormat, Report
 from platforms.artifact import ArtifactFormat, Precision
 from worker.conversion.folder import Contents, Identity, MadeArtifact, write_folder
-from worker.conversion.preparation import Data, find_files, gather_data, read_identity
+from worker.conversion.preparation import find_files, gather_data, read_identity
+from worker.conversion.reporting import build_report
 
-REPORT_SCHEMA = "edgeward.conversion/v1"
-REPORT_JSON = "report.json"
 _SURVEY_SHARE = 0.1
 
 
@@ -54,8 +50,7 @@ class Result:
     conversion: Conversion
     manifest: Manifest | None
     """None where nothing is within its budget."""
-    document: dict[str, Any]
-    """The report, JSON-ready."""
+    report: ConversionReport
 
     @property
     def refused(self) -> list[Made]:
@@ -74,7 +69,7 @@ def make_version(
 
     Args:
         wishes: what is asked for.
-        out: the folder; empty or not there. Only `report.json` is in it where nothing is proven.
+        out: the folder; empty or not there. Only the report is in it where nothing is proven.
         runtimes: names of those that work here.
         report: told of progress.
         is_canceled: asked about ten times a second.
@@ -109,17 +104,17 @@ def make_version(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as name:
         done = convert_model(survey, order, Path(name), advance, is_canceled)
-        document = build_document(wishes, identity, done, data)
-        report_file = Path(name) / REPORT_JSON
-        report_file.write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
+        told = build_report(identity, done, data, wishes.budget, wishes.boxes)
+        written = write_report(told, Path(name))
         manifest = None
         if done.published:
-            contents = _gather_contents(identity, done, {**files, REPORT_JSON: report_file})
+            contents = _gather_contents(identity, done, {**files, **written})
             manifest = write_folder(contents, out)
         else:
             out.mkdir(exist_ok=True)
-            (out / REPORT_JSON).write_bytes(report_file.read_bytes())
-    return Result(identity, done, manifest, document)
+            for file, path in written.items():
+                (out / file).write_bytes(path.read_bytes())
+    return Result(identity, done, manifest, told)
 
 
 def _gather_contents(identity: Identity, done: Conversion, files: dict[str, Path]) -> Contents:
@@ -162,42 +157,3 @@ def _to_artifact(made: Made) -> MadeArtifact:
             max_abs=budget.max_abs,
         ),
     )
-
-
-def build_document(
-    wishes: Wishes, identity: Identity, done: Conversion, data: Data
-) -> dict[str, Any]:
-    """Return the report of a conversion, JSON-ready."""
-    survey = done.survey
-    counts = {outcome.value: 0 for outcome in Outcome}
-    for made in done.made:
-        counts[made.outcome.value] += 1
-    return {
-        "schema": REPORT_SCHEMA,
-        "name": identity.name,
-        "version": identity.version,
-        "edgeward": _find_version(),
-        "source": {
-            "path": wishes.source.path.name,
-            "format": wishes.source.format.value,
-            "function": wishes.source.name,
-            "size_bytes": measure_size(wishes.source),
-            "parameters": survey.facts.get("parameters"),
-            "operators": survey.facts.get("operators"),
-            "notes": survey.facts.get("notes"),
-        },
-        "inputs": survey.facts["inputs"],
-        "outputs": survey.facts["outputs"],
-        "data": dict(data.facts),
-        "golden": {"rows": done.golden.rows, "origin": done.golden.origin},
-        "duration_s": round(done.duration_s, 1),
-        "counts": counts,
-        "artifacts": [made.to_json() for made in done.made],
-    }
-
-
-def _find_version() -> str:
-    try:
-        return version("edgeward")
-    except PackageNotFoundError:
-        return ""
